@@ -6,10 +6,23 @@ The loss is Σ −log p(label) over every labelled token of the accumulated, cro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+from datasets import IterableDataset
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+
+from hydratune import attention
 from hydratune.algos.base import BaseConfig, BaseTrainer
+from hydratune.data.collate import SFTCollator
+from hydratune.data.pipeline import prepare
+from hydratune.errors import UserError, Violation
+from hydratune.fused_head import FusedHead, select
+from hydratune.losses import token_loss
+from hydratune.models import ModelRecipe
 from hydratune.settings import option
 
 
@@ -40,3 +53,153 @@ class SFTConfig(BaseConfig):
     loss_type: Literal["nll", "dft"] = option("nll", "Negative log-likelihood, or dynamic fine-tuning.")
     activation_offloading: bool = option(False, "Keep activations in host memory between forward and backward.")
     router_aux_loss_coef: float | None = option(None, "Weight of a mixture-of-experts' balance loss; null: the model's.")
+
+
+class SFTTrainer(BaseTrainer):
+    """Supervised fine-tuning; the arguments are those of the ecosystem's SFT trainers, in their order.
+
+    Args: see `BaseTrainer`, and
+        train_dataset, eval_dataset: text, messages, prompt and completion, or tokenised rows; formatted, tokenised
+            and packed here unless `dataset_kwargs={"skip_prepare_dataset": True}`.
+        formatting_func: row → text, messages, or {"prompt", "completion"}; the first stage.
+
+    Raises:
+        UserError: the data or the arguments cannot work; every reason is named.
+    """
+
+    config_class = SFTConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_loss_func: Callable[..., Any] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[..., Any] | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        formatting_func: Callable[[dict[str, Any]], Any] | None = None,
+        *,
+        recipe: ModelRecipe | None = None,
+        **older_names: Any,
+    ) -> None:
+        self._formatting_func = formatting_func
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            recipe=recipe,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            **older_names,
+        )
+        config = self.model.config
+        if self.args.router_aux_loss_coef is None:
+            self.args.router_aux_loss_coef = getattr(config, "router_aux_loss_coef", None)
+        self._balances_experts = bool(self.args.router_aux_loss_coef) and hasattr(config, "output_router_logits")
+
+    def collator(self, args: Any, tokenizer: Any) -> SFTCollator:
+        return SFTCollator(tokenizer.pad_token_id, args.padding_free, args.pad_to_multiple_of)
+
+    def prepare_data(self, args: Any, tokenizer: Any, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        if train is None:
+            raise UserError(Violation("train_dataset", None, "there is nothing to train on", "pass the training rows"))
+        if isinstance(train, IterableDataset):
+            if args.max_steps <= 0:
+                raise UserError(
+                    Violation("max_steps", args.max_steps, "streaming data has no known length", "set max_steps")
+                )
+            args.accelerator_config.dispatch_batches = False  # packed batches differ in shape between processes
+
+        def ready(rows: Any, where: str, packing: bool) -> Any:
+            func = self._formatting_func
+            return prepare(rows, tokenizer, args, packing=packing, where=where, formatting_func=func)[0]
+
+        train = ready(train, "train_dataset", args.packing)
+        eval_packing = args.packing if args.eval_packing is None else args.eval_packing
+        if isinstance(evaluation, dict):
+            return train, {name: ready(rows, f"eval_dataset[{name}]", eval_packing) for name, rows in evaluation.items()}
+        return train, None if evaluation is None else ready(evaluation, "eval_dataset", eval_packing)
+
+    def check_model(self, args: Any, model: Any) -> None:
+        name = model.config._attn_implementation
+        if (args.packing or args.padding_free) and not attention.exact_when_packed(name):
+            raise UserError(
+                Violation(
+                    "attn_implementation",
+                    name,
+                    "lets packed documents see each other",
+                    "use model.attn_implementation=auto, or turn packing and padding_free off",
+                )
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["input_ids", "labels", "seq_lengths", "completion_mask", "assistant_masks"]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        offload = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+        with offload if self.args.activation_offloading else nullcontext():
+            return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Loss of one micro-batch: its token losses over all labelled tokens of the accumulated batch.
+
+        Args:
+            inputs: the collator's batch (`data/collate.py`); labels [B, T], -100 outside the loss.
+            num_items_in_batch: labelled tokens over accumulation and devices; None: those of this batch.
+
+        Returns:
+            The scalar loss, with the model's outputs (and their full logits) if `return_outputs`.
+        """
+        batch = {**inputs, "use_cache": False}
+        labels = batch.pop("labels")
+        if self._balances_experts:
+            batch["output_router_logits"] = True
+        if return_outputs or self.compute_loss_func is not None or self.label_smoother is not None:
+            outputs = model(**batch)
+            loss_sum, stats = self._loss_from_logits(outputs, labels, num_items_in_batch)
+        else:
+            with FusedHead(model, labels, loss_type=self.args.loss_type, want_stats=self.stats_wanted()) as head:
+                outputs = model(**batch)
+            loss_sum, stats = head.loss_sum, head.stats
+        count = stats.count
+        meter = self.meter
+        meter.add("loss", loss_sum, count)
+        if stats.entropy_sum is not None:
+            meter.add("entropy", stats.entropy_sum, count)
+            meter.add("mean_token_accuracy", stats.correct, count)
+        seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.full_like(count, labels.numel())
+        meter.add("num_tokens", seen, torch.ones_like(seen))
+
+        weight = count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=loss_sum.device)
+        loss = loss_sum / weight.clamp(min=1)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # data parallelism averages gradients over processes
+        if self._balances_experts:
+            aux = outputs.aux_loss.to(loss.device)
+            meter.add("aux_loss", aux, torch.ones_like(aux))
+            parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.args.router_aux_loss_coef * aux / parts
+        return (loss, outputs) if return_outputs else loss

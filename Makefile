@@ -1,0 +1,45 @@
+# Two commands on a fresh machine: make train, make test. Each makes .venv first when it is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
+
+.PHONY: train test check bench setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make train [ARGS=\"algo=sft peft=lora\"]   set up and train"
+	@echo "make test  [ARGS=\"-k packing\"]           set up and run the tests"
+	@echo "make check                               lint, format, types"
+	@echo "make bench                               benchmarks against TRL"
+
+# torch alone first: its pinned version is then there when the other packages ask for any torch
+$(VENV)/.base: pyproject.toml requirements.lock
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) -e ".[dev,bench]"
+	@touch $@
+
+setup: $(VENV)/.base
+
+train: $(VENV)/.base
+	$(BIN)/python train.py $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python bench/sft.py
+	$(BIN)/python bench/fused_head.py
+
+clean:
+	rm -rf $(VENV)

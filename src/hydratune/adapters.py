@@ -1,0 +1,124 @@
+"""Adapters: from plain fields to a peft config, from a model to an adapted one, and back to a stand-alone model."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydratune.errors import UserError, Violation, nearest
+
+
+def peft_config(fields: dict[str, Any] | None) -> Any:
+    """`{"type": "lora", "r": 8, …}` as the `peft.PeftConfig` of that type; None for no adapter.
+
+    Raises:
+        UserError: a type that peft does not have, or fields that its config refuses.
+    """
+    if not fields or not fields.get("type"):
+        return None
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    values = copy.deepcopy(fields)
+    kind = values.pop("type")
+    classes = {str(getattr(k, "value", k)).lower(): v for k, v in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if kind.lower() not in classes:
+        raise UserError(Violation("peft.type", kind, "peft has no such adapter", nearest(kind, classes)))
+    try:
+        return classes[kind.lower()](**{"task_type": "CAUSAL_LM", **values})
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            Violation("peft", kind, f"{classes[kind.lower()].__name__} refuses these fields", str(error))
+        ) from error
+
+
+def quantization(kind: str | None, dtype: torch.dtype) -> Any:
+    """The bitsandbytes config of '4bit' (NF4, double quantisation: QLoRA, arXiv:2305.14314) or '8bit'."""
+    if kind is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype if dtype != torch.float32 else torch.bfloat16,
+    )
+
+
+def wrap(model: Any, config: Any) -> Any:
+    """The model with a fresh adapter: the base frozen as it is, the adapter in fp32.
+
+    Raises:
+        UserError: the target modules match nothing in this model.
+    """
+    from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+    if isinstance(model, PeftModel):
+        raise UserError(
+            Violation("peft", config.peft_type, "the model already carries an adapter", "merge that one first, or set peft=none")
+        )
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        return get_peft_model(model, copy.deepcopy(config))
+    except ValueError as error:
+        leaves = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UserError(
+            Violation(
+                "peft.target_modules",
+                str(getattr(config, "target_modules", None)),
+                str(error).splitlines()[0],
+                f"choose among {', '.join(leaves)}, or peft.target_modules=all-linear",
+            )
+        ) from error
+
+
+def find_adapter(source: str | Path) -> Path:
+    """The adapter's directory, given itself or its run directory."""
+    for candidate in (Path(source), Path(source) / "model"):
+        if (candidate / "adapter_config.json").is_file():
+            return candidate
+    raise UserError(
+        Violation(
+            "adapter", str(source), "no adapter_config.json here or in its model/ folder", "give a run directory or a saved adapter"
+        )
+    )
+
+
+def merge_adapter(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Merge an adapter into its base and save a model that plain transformers loads.
+
+    Args:
+        source: a run directory or an adapter's directory.
+        target: a directory that does not exist yet, or is empty.
+        dtype: of the saved weights; None keeps the base's.
+
+    Raises:
+        UserError: no adapter at `source`, its base is not to be had, or `target` is taken.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter, target = find_adapter(source), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(Violation("target", str(target), "is already there", "name a new directory"))
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    beside = adapter.parent / "base"
+    if not Path(base or "").is_dir() and beside.is_dir():
+        base = str(beside)  # the run directory was moved
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            Violation("base_model_name_or_path", base, "the adapter's base model is not to be had", str(error).splitlines()[0])
+        ) from error
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+    return target

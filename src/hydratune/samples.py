@@ -1,0 +1,56 @@
+"""Sample completions: what the trained model says to held-out prompts, beside the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hydratune.data.builtin import verify
+
+
+def split_prompt(row: dict[str, Any]) -> tuple[Any, str] | None:
+    """A formatted row as what is asked (messages or text) and what was answered; None when nothing is asked."""
+    if messages := row.get("messages"):
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
+        return (messages[:last], messages[last]["content"]) if last else None
+    if "prompt" in row:
+        completion = row["completion"]
+        return row["prompt"], completion if isinstance(completion, str) else completion[0]["content"]
+    return None
+
+
+@torch.inference_mode()
+def complete(model: Any, tokenizer: Any, rows: list[dict[str, Any]], *, max_new_tokens: int) -> list[dict[str, Any]]:
+    """Greedy completions of the rows' prompts as one left-padded batch.
+
+    Returns:
+        One dict a row: prompt, completion, reference, and `correct` for rows that carry a verifiable answer.
+    """
+    asked = [(row, *pair) for row in rows if (pair := split_prompt(row))]
+    if not asked:
+        return []
+    texts = [
+        prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        for _, prompt, _ in asked
+    ]
+    ids = [tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"] for text, (_, prompt, _) in zip(texts, asked, strict=True)]
+    batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
+    was_training = model.training
+    model.eval()
+    output = model.generate(
+        **batch,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.train(was_training)
+    completions = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    samples = []
+    for (row, _, reference), text, completion in zip(asked, texts, completions, strict=True):
+        sample = {"prompt": text, "completion": completion, "reference": reference}
+        if "answer" in row:
+            sample["correct"] = verify(row, completion)
+        samples.append(sample)
+    return samples
