@@ -20,7 +20,15 @@ from typing import Any
 _WIDER = {"TrainingArguments.fsdp": "bool | str | None"}
 _REEXPORTED = {"TrainingArguments": "transformers.training_args"}
 _SCALARS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
-_CONTAINERS = {"list": list, "List": list, "Sequence": list, "tuple": list, "set": list, "dict": dict, "Dict": dict}
+_CONTAINERS = {
+    "list": list,
+    "List": list,
+    "Sequence": list,
+    "tuple": list,
+    "set": list,
+    "dict": dict,
+    "Dict": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,9 @@ def _module(module: str) -> tuple[dict[str, ast.ClassDef], dict[str, str]]:
         if isinstance(node, ast.ClassDef):
             classes[node.name] = node
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = (
+                ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            )
             for alias in node.names:
                 imported[alias.asname or alias.name] = ".".join(filter(None, (base, node.module)))
     return classes, imported
@@ -134,7 +144,9 @@ def _declaration(value: ast.expr | None) -> tuple[Any, str, bool]:
         help_text = str(_literal(value.args[1] if len(value.args) > 1 else keywords.get("help")) or "")
     elif isinstance(meta := keywords.get("metadata"), ast.Dict):
         pairs = zip(meta.keys, meta.values, strict=True)
-        help_text = str(next((_literal(v) for k, v in pairs if k is not None and _literal(k) == "help"), "") or "")
+        help_text = str(
+            next((_literal(v) for k, v in pairs if k is not None and _literal(k) == "help"), "") or ""
+        )
     return _literal(default), help_text, _literal(keywords.get("init")) is not False
 
 
@@ -153,7 +165,12 @@ def _fields(module: str, node: ast.ClassDef) -> Iterator[Option]:
         default, help_text, settable = _declaration(item.value)
         if settable and not ast.unparse(item.annotation).startswith("ClassVar"):
             kind = _annotation(item.annotation, module, node.name, name)
-            if default is None and isinstance(item.value, ast.Call) and "None" not in kind and _defaults_to_none(item.value):
+            if (
+                default is None
+                and isinstance(item.value, ast.Call)
+                and "None" not in kind
+                and _defaults_to_none(item.value)
+            ):
                 kind += " | None"
             yield Option(name, kind, default, help_text, node.name)
 
@@ -235,7 +252,10 @@ def describe(annotation: str) -> str:
     for member in _members(ast.parse(annotation, mode="eval").body):
         name = _last_name(member.value if isinstance(member, ast.Subscript) else member)
         if choices := _choices(member):
-            said.append(("one of " if len(choices) > 1 else "") + ", ".join(str(c).lower() if isinstance(c, bool) else str(c) for c in choices))
+            said.append(
+                ("one of " if len(choices) > 1 else "")
+                + ", ".join(str(c).lower() if isinstance(c, bool) else str(c) for c in choices)
+            )
         elif name in _CONTAINERS:
             said.append("a list [a,b]" if _CONTAINERS[name] is list else "a mapping {a: b}")
         elif _is_none(member):
@@ -301,6 +321,8 @@ def _convert(value: Any, node: ast.expr) -> Any:
             value = {False: ("no", "off"), True: ("yes", "on")}[value]
             return _expect(bool(found := [c for c in choices if c in value]), found[0] if found else None)
         found = [c for c in choices if str(c) == str(value)]
+        if not found and any(_is_numbered(c, value) for c in choices):
+            return value
         return _expect(bool(found), found[0] if found else None)
     if name in _CONTAINERS:
         return _container(value, node, _CONTAINERS[name])
@@ -311,12 +333,24 @@ def _convert(value: Any, node: ast.expr) -> Any:
     return {"int": _int, "float": _float, "bool": _bool, "str": str}[name](value)
 
 
+def _is_numbered(choice: Any, value: Any) -> bool:
+    """peft spells a family of names as 'pissa_niter_[number of iters]'."""
+    head, bracket, _ = str(choice).partition("[")
+    return bool(bracket) and str(value).startswith(head) and str(value)[len(head) :].isdigit()
+
+
 def _container(value: Any, node: ast.expr, kind: type) -> Any:
     _expect(isinstance(value, kind), None)
     parts = node.slice if isinstance(node, ast.Subscript) else None
-    inner = [ast.unparse(e) for e in (parts.elts if isinstance(parts, ast.Tuple) else [parts])] if parts else []
+    inner = (
+        [ast.unparse(e) for e in (parts.elts if isinstance(parts, ast.Tuple) else [parts])] if parts else []
+    )
     if kind is dict:
-        return {convert(k, inner[0]): convert(v, inner[1]) for k, v in value.items()} if len(inner) == 2 else value
+        return (
+            {convert(k, inner[0]): convert(v, inner[1]) for k, v in value.items()}
+            if len(inner) == 2
+            else value
+        )
     if len(inner) == 1:
         return [convert(v, inner[0]) for v in value]
     return value
@@ -329,7 +363,9 @@ def _expect(holds: bool, value: Any) -> Any:
 
 
 def _int(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not (math.isfinite(value) and value.is_integer())):
+    if isinstance(value, bool) or (
+        isinstance(value, float) and not (math.isfinite(value) and value.is_integer())
+    ):
         raise ValueError("int")
     return int(value)
 
@@ -342,5 +378,14 @@ def _float(value: Any) -> float:
 def _bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    words = {
+        "true": True,
+        "yes": True,
+        "on": True,
+        "1": True,
+        "false": False,
+        "no": False,
+        "off": False,
+        "0": False,
+    }
     return words[str(value).lower()] if str(value).lower() in words else _expect(False, None)
