@@ -1,0 +1,372 @@
+"""Any row shape to one of four: messages, prompt and completion, text, or token ids; every row's shape is checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+import datasets
+
+from hydratune.data.read import ORIGIN, shorten
+from hydratune.errors import UserError, Violation, nearest
+from hydratune.settings import DataSettings
+
+NEEDS = {
+    "tokenized": ("input_ids",),
+    "prompt_completion": ("prompt", "completion"),
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "text": ("text",),
+}
+_EXTRAS = ("tools", "chat_template_kwargs")
+_TOKEN_COLUMNS = ("labels", "completion_mask", "assistant_masks")
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function")},
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+}
+_MESSAGE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+_BATCH = 1000
+
+
+class _Faults(list[Violation]):
+    """Violations of rows, each named by where the row came from and by column."""
+
+    where = ""
+
+    def add(self, column: str, why: str, fix: str) -> None:
+        self.append(Violation(f"{self.where}, column {column}", None, why, fix))
+
+
+def as_json_text(value: Any) -> str | None:
+    """Free-form values (`tools`) as JSON text, so that one column can hold them; text and null are left as they are."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def resolve(path: str) -> Callable[[dict[str, Any]], Any]:
+    """The function at a dotted path, e.g. `my_rows.to_text`.
+
+    Raises:
+        UserError: no such module or function, or it cannot be called.
+    """
+    module, _, name = path.replace(":", ".").rpartition(".")
+    key = "data.formatting_func"
+    try:
+        found = getattr(import_module(module), name, None) if module else None
+    except ImportError as error:
+        raise UserError(
+            Violation(
+                key, path, f"cannot be imported ({error})", "give module.function of a module on PYTHONPATH"
+            )
+        ) from error
+    if not callable(found):
+        raise UserError(
+            Violation(key, path, "is not a function of an importable module", "give module.function")
+        )
+    return found
+
+
+def columns_of(dataset: Any) -> list[str]:
+    """Column names; of a stream without known features, those of its first row."""
+    names = dataset.column_names
+    if names is None:
+        names = list(next(iter(dataset), {}))
+    return list(names)
+
+
+def format_rows(
+    dataset: Any,
+    settings: DataSettings,
+    *,
+    where: str,
+    text_field: str = "text",
+    formatting_func: Callable[[dict[str, Any]], Any] | None = None,
+) -> Any:
+    """Rows in canonical columns, and no others.
+
+    The columns are `messages`; or `prompt` and `completion` (both text, or both lists of messages); or `text_field`;
+    or `input_ids` with `labels`, `completion_mask`, `assistant_masks` where given. `tools` (JSON text) may stand beside.
+
+    Args:
+        dataset: `datasets.Dataset` or `IterableDataset` (formatted and checked lazily).
+        where: name of the data in messages, e.g. "train"; rows of local files are named by file and line instead.
+        formatting_func: from a row to text, messages or {prompt, completion}; before `settings.formatting_func`.
+
+    Raises:
+        UserError: columns that fit no format, or the first ten rows with a wrong shape and a count of the others.
+    """
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        fix = "apply the transform with Dataset.map first, or pass dataset_kwargs={'skip_prepare_dataset': True}"
+        raise UserError(
+            Violation(
+                where, None, "has a transform (with_transform), which would be frozen by preparing", fix
+            )
+        )
+    function = formatting_func or (resolve(settings.formatting_func) if settings.formatting_func else None)
+    names = [name for name in columns_of(dataset) if name != ORIGIN]
+    if not names or (isinstance(dataset, datasets.Dataset) and not len(dataset)):
+        raise UserError(Violation(where, None, "has no row", "give at least one row"))
+    kind = "function" if function else _find_format(names, settings, where, text_field)
+
+    def convert(batch: Mapping[str, list[Any]], first: int, faults: _Faults) -> list[dict[str, Any]]:
+        rows = []
+        for offset in range(len(next(iter(batch.values())))):
+            row = {name: batch[name][offset] for name in batch}
+            faults.where = row.pop(ORIGIN, None) or f"{where} row {first + offset + 1}"
+            before = len(faults)
+            canonical = _convert(row, kind, settings, text_field, function, faults)
+            if len(faults) == before:
+                rows.append(canonical)
+        return rows
+
+    if not isinstance(dataset, datasets.Dataset):
+        return _lazily(dataset, convert, where)
+    from hydratune.data.load import to_dataset
+
+    faults, rows, first = _Faults(), [], 0
+    plain = dataset.with_format(None)
+    for batch in plain.iter(batch_size=_BATCH):
+        rows.extend(convert(batch, first, faults))
+        first += _BATCH
+    if faults:
+        raise shorten(faults, where)
+    shapes = {tuple(sorted(set(row) & {"messages", "prompt", "input_ids", text_field})) for row in rows}
+    if len(shapes) > 1:
+        why = f"the rows are of several formats: {', '.join(sorted('+'.join(s) for s in shapes))}"
+        raise UserError(Violation(where, None, why, "return the same shape for every row"))
+    return to_dataset(rows)
+
+
+def _lazily(dataset: Any, convert: Callable[..., list[dict[str, Any]]], where: str) -> Any:
+    def batched(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        faults = _Faults()
+        rows = convert(batch, indices[0], faults)
+        if faults:
+            raise shorten(faults, where)
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        return {name: [row.get(name) for row in rows] for name in names}
+
+    return dataset.map(
+        batched, batched=True, batch_size=100, with_indices=True, remove_columns=columns_of(dataset)
+    )
+
+
+def _find_format(names: list[str], settings: DataSettings, where: str, text_field: str) -> str:
+    wrong = [
+        Violation(
+            "data.columns", f"{ours}: {theirs}", f"{where} has no column '{theirs}'", nearest(theirs, names)
+        )
+        for ours, theirs in settings.columns.items()
+        if theirs not in names
+    ]
+    if wrong:
+        raise UserError(wrong)
+    have = set(names) | set(settings.columns)
+    needs = {**NEEDS, "text": (text_field,)}
+    fitting = [kind for kind, columns in needs.items() if have.issuperset(columns)]
+    if settings.format == "auto" and fitting:
+        return fitting[0]
+    if settings.format in fitting:
+        return settings.format
+    if settings.format == "sharegpt" and "messages" in have:
+        return "messages"
+    wanted = "; ".join(f"{kind} needs {' and '.join(columns)}" for kind, columns in needs.items())
+    fix = "map yours, e.g. data.columns={prompt: question, completion: answer}; " + wanted
+    if {"chosen", "rejected"} <= have:
+        fix = "these are preference pairs; to train on the chosen answers: data.columns={completion: chosen}"
+    raise UserError(
+        Violation(
+            "data.format",
+            settings.format,
+            f"the columns of {where} do not fit (found: {', '.join(names)})",
+            fix,
+        )
+    )
+
+
+def _convert(
+    row: dict[str, Any], kind: str, settings: DataSettings, text_field: str, function: Any, faults: _Faults
+) -> dict[str, Any]:
+    row = {**row, **{ours: row.get(theirs) for ours, theirs in settings.columns.items()}}
+    extras = {name: as_json_text(row[name]) for name in _EXTRAS if row.get(name) is not None}
+    if function is not None:
+        kind, row = _call(function, row, text_field, faults)
+    if kind == "alpaca":
+        kind, row = "prompt_completion", _alpaca(row, faults)
+    out: dict[str, Any] = {}
+    if kind == "tokenized":
+        return _token_row(row, faults)
+    if kind in ("messages", "sharegpt"):
+        name = "conversations" if kind == "sharegpt" else "messages"
+        out["messages"] = _with_system(_messages(row.get(name), name, faults, row), settings.system_prompt)
+    elif kind == "prompt_completion":
+        out["prompt"], out["completion"] = _pair(row, settings.system_prompt, faults)
+    elif kind == "text":
+        out[text_field] = _text(row.get(text_field), text_field, faults, row)
+    return {**out, **extras}
+
+
+def _call(function: Any, row: dict[str, Any], text_field: str, faults: _Faults) -> tuple[str, dict[str, Any]]:
+    try:
+        result = function(row)
+    except Exception as error:  # any fault of the user's own function is told with its row
+        raise UserError(
+            Violation(
+                faults.where,
+                None,
+                f"formatting_func raised {type(error).__name__}: {error}",
+                "repair the function or the row",
+            )
+        ) from error
+    if isinstance(result, str):
+        return "text", {text_field: result}
+    if isinstance(result, list):
+        return "messages", {"messages": result}
+    if isinstance(result, Mapping):
+        for kind, columns in {**NEEDS, "text": (text_field,)}.items():
+            if set(columns) <= set(result):
+                return kind, dict(result)
+    shown = f"a {type(result).__name__}" + (
+        f" with {', '.join(result)}" if isinstance(result, Mapping) else ""
+    )
+    faults.add(
+        "(formatting_func)",
+        f"it returned {shown}",
+        "return text, a list of messages, or {'prompt': …, 'completion': …}",
+    )
+    return "none", {}
+
+
+def _absent(name: str, row: Mapping[str, Any]) -> tuple[str, str]:
+    others = [key for key, value in row.items() if value is not None and key != name]
+    if others:
+        return f"is missing here; the row has {', '.join(others[:6])}", "write every row in one format"
+    return "is missing or null", "fill it in, or remove the row"
+
+
+def _text(value: Any, name: str, faults: _Faults, row: Mapping[str, Any], *, empty: bool = False) -> str:
+    if value is None:
+        faults.add(name, *_absent(name, row))
+    elif not isinstance(value, str):
+        faults.add(name, f"is a {type(value).__name__}, not text", "give text")
+    elif not empty and not value.strip():
+        faults.add(name, "is empty", "fill it in, or remove the row")
+    else:
+        return value
+    return ""
+
+
+def _messages(value: Any, name: str, faults: _Faults, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if value is None:
+        faults.add(name, *_absent(name, row))
+        return []
+    if not isinstance(value, list):
+        faults.add(
+            name,
+            f"is a {type(value).__name__}, not a list of messages",
+            'give [{"role": …, "content": …}, …]',
+        )
+        return []
+    if not value:
+        faults.add(name, "is an empty list of messages", "fill it in, or remove the row")
+    return [_message(message, f"{name}[{i}]", faults) for i, message in enumerate(value)]
+
+
+def _message(message: Any, at: str, faults: _Faults) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        faults.add(at, f"is a {type(message).__name__}, not a message", 'write {"role": …, "content": …}')
+        return {}
+    role, content = message.get("role"), message.get("content")
+    role = message.get("from") if role is None else role
+    content = message.get("value") if content is None else content
+    extra = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
+    if role is None:
+        faults.add(at, f"has no role (keys: {', '.join(message)})", 'write {"role": …, "content": …}')
+    elif role not in _ROLES:
+        faults.add(at, f"has the unknown role {role!r}", nearest(str(role), _ROLES))
+    if content is None and not extra.get("tool_calls"):
+        faults.add(
+            at,
+            f"has no content (keys: {', '.join(k for k in message if message[k] is not None)})",
+            "fill it in",
+        )
+    elif content is not None and not isinstance(content, str):
+        faults.add(at, f"its content is a {type(content).__name__}, not text", "give the content as text")
+    return {"role": _ROLES.get(str(role), str(role)), "content": content, **extra}
+
+
+def _with_system(messages: list[dict[str, Any]], prompt: str | None) -> list[dict[str, Any]]:
+    if prompt is None or not messages or messages[0].get("role") in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": prompt}, *messages]
+
+
+def _alpaca(row: dict[str, Any], faults: _Faults) -> dict[str, Any]:
+    question = _text(row.get("instruction"), "instruction", faults, row)
+    more = row.get("input")
+    if more is not None:
+        more = _text(more, "input", faults, row, empty=True)
+    answer = _text(row.get("output"), "output", faults, row)
+    return {
+        "prompt": [
+            {"role": "user", "content": f"{question}\n\n{more}" if more and more.strip() else question}
+        ],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
+def _pair(row: dict[str, Any], system_prompt: str | None, faults: _Faults) -> tuple[Any, Any]:
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) != isinstance(completion, list) and None not in (prompt, completion):
+        kinds = f"prompt is a {type(prompt).__name__} and completion a {type(completion).__name__}"
+        faults.add("completion", kinds, "give both as text, or both as lists of messages")
+        return None, None
+    if not isinstance(prompt, list):
+        text = _text(prompt, "prompt", faults, row, empty=True), _text(completion, "completion", faults, row)
+        if system_prompt is None or not all(text):
+            return text
+        prompt, completion = (
+            [{"role": "user", "content": text[0]}],
+            [{"role": "assistant", "content": text[1]}],
+        )
+    messages = _with_system(_messages(prompt, "prompt", faults, row), system_prompt)
+    answer = _messages(completion, "completion", faults, row)
+    if answer and not any(
+        (m.get("content") or "").strip() or m.get("tool_calls")
+        for m in answer
+        if isinstance(m.get("content"), (str, type(None)))
+    ):
+        faults.add("completion", "is empty", "fill it in, or remove the row")
+    return messages, answer
+
+
+def _token_row(row: dict[str, Any], faults: _Faults) -> dict[str, Any]:
+    out = {"input_ids": row.get("input_ids")}
+    out.update({name: row[name] for name in _TOKEN_COLUMNS if row.get(name) is not None})
+    for name, values in out.items():
+        if values is None:
+            faults.add(name, *_absent(name, row))
+        elif not _whole_numbers(values):
+            faults.add(name, "is not a list of whole numbers", "give the token ids of one row as a flat list")
+        elif out["input_ids"] is not None and len(values) != len(out["input_ids"]):
+            faults.add(
+                name,
+                f"has {len(values)} values for {len(out['input_ids'])} input_ids",
+                "give one value a token",
+            )
+    return out
+
+
+def _whole_numbers(values: Any) -> bool:
+    return (
+        isinstance(values, Iterable)
+        and not isinstance(values, str)
+        and all(isinstance(value, int) for value in values)
+    )

@@ -1,0 +1,120 @@
+"""From rows of any known shape to rows that a trainer takes: format, tokenise, truncate, shuffle, pack; cached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import datasets
+
+from hydratune.data.cache import cached, rows_fingerprint, tokenizer_fingerprint
+from hydratune.data.format import format_rows
+from hydratune.data.pack import pack
+from hydratune.data.tokenize import DataReport, TokenizeOptions, tokenize
+from hydratune.errors import UserError, Violation
+from hydratune.settings import DataSettings
+
+_FROM_ARGS = object()
+
+
+def prepare(
+    dataset: Any,
+    tokenizer: Any,
+    args: Any,
+    *,
+    packing: bool,
+    where: str,
+    formatting_func: Callable[[dict[str, Any]], Any] | None = None,
+    cache: bool = True,
+    max_length: Any = _FROM_ARGS,
+    settings: DataSettings | None = None,
+) -> tuple[Any, DataReport]:
+    """Rows with `input_ids` and `labels`, packed ones with `seq_lengths` too, and what became of them.
+
+    Args:
+        dataset: raw or canonical rows (text, messages, prompt and completion, token ids, …), or a stream.
+        args: an `SFTConfig`, or anything with its data fields and `seed`.
+        packing: pack into blocks of `max_length`.
+        where: name of the data in messages.
+        formatting_func: a stage of its own before all others; what it returns is then formatted as such rows are.
+        cache: keep the result under a key of rows, tokenizer, settings and code; streams are never cached.
+        max_length: in place of `args.max_length`.
+        settings: how raw rows are formatted; None: found from the columns.
+
+    Returns:
+        The data set as it is, with an empty report, when `args.dataset_kwargs` says `skip_prepare_dataset`.
+
+    Raises:
+        UserError: rows of a wrong shape, options that do not fit them, or nothing left to train on.
+    """
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return dataset, DataReport()
+    length = args.max_length if max_length is _FROM_ARGS else max_length
+    if packing and length is None:
+        raise UserError(
+            Violation(
+                "algo.max_length",
+                None,
+                "packing needs the length of a block",
+                "set max_length, or packing=false",
+            )
+        )
+    options = TokenizeOptions(
+        max_length=length,
+        truncation_mode=args.truncation_mode,
+        completion_only_loss=args.completion_only_loss,
+        assistant_only_loss=args.assistant_only_loss,
+        dataset_text_field=args.dataset_text_field,
+        eos_token=args.eos_token,
+        num_proc=args.dataset_num_proc,
+    )
+    shuffle_seed = args.seed if args.shuffle_dataset else None
+    strategy = args.packing_strategy if packing else None
+    rows = format_rows(
+        dataset,
+        settings or DataSettings(),
+        where=where,
+        text_field=args.dataset_text_field,
+        formatting_func=formatting_func,
+    )
+    if not isinstance(rows, datasets.Dataset):
+        return _build(rows, tokenizer, options, strategy, shuffle_seed, where)
+
+    def build() -> tuple[datasets.Dataset, dict[str, Any]]:
+        prepared, report = _build(rows, tokenizer, options, strategy, shuffle_seed, where)
+        return prepared, report.as_dict()
+
+    if not cache:
+        return _build(rows, tokenizer, options, strategy, shuffle_seed, where)
+    settings_key = {name: value for name, value in vars(options).items() if name != "num_proc"}
+    key = {
+        "rows": rows_fingerprint(rows),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "options": settings_key,
+        "strategy": strategy,
+        "shuffle": shuffle_seed,
+        "versions": [version("transformers"), version("tokenizers")],
+    }
+    prepared, report, _ = cached(key, build)
+    return prepared, DataReport(**report)
+
+
+def _build(
+    rows: Any,
+    tokenizer: Any,
+    options: TokenizeOptions,
+    strategy: str | None,
+    shuffle_seed: int | None,
+    where: str,
+) -> tuple[Any, DataReport]:
+    whole_rows = strategy in ("bfd_split", "wrapped")  # these lose no token, so nothing is cut before them
+    prepared, report = tokenize(rows, tokenizer, options, where=where, truncate=not whole_rows)
+    if shuffle_seed is not None:
+        prepared = prepared.shuffle(seed=shuffle_seed)
+    if strategy is not None:
+        prepared, packed = pack(prepared, options.max_length, strategy)
+        report.blocks, report.fill = packed.blocks, packed.fill
+        if shuffle_seed is not None:
+            prepared = prepared.shuffle(seed=shuffle_seed)  # best fit puts the fullest blocks first
+    return prepared, report
