@@ -200,6 +200,14 @@ def key_of(override: str) -> str:
 
 def misspelt_top_level(key: str) -> str:
     """The way out for a top-level name that does not exist."""
+    head, dot, tail = key.partition(".")
+    if dot:
+        near = nearest(head, SECTIONS)
+        return (
+            near.replace("'?", f".{tail}'?")
+            if near.startswith("did")
+            else f"groups of fields: {', '.join(SECTIONS)}"
+        )
     for shortcut, name in FIELD_OF.items():
         if key == name:
             return f"set it as {shortcut}=… or trainer.{name}=…"
@@ -213,7 +221,8 @@ def misspelt_top_level(key: str) -> str:
 
 def _resolve(cfg: DictConfig) -> dict[str, Any]:
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True)
+        own = OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"])
+        plain = OmegaConf.to_container(own, resolve=True)
     except OmegaConfBaseException as error:
         why = str(error.msg or error).splitlines()[0]
         raise UserError(
@@ -225,7 +234,7 @@ def _resolve(cfg: DictConfig) -> dict[str, Any]:
             )
         ) from error
     assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items() if k != "hydra"}
+    return {str(k): v for k, v in plain.items()}
 
 
 def _section(name: str, value: Any, found: _Found) -> dict[str, Any]:
@@ -256,7 +265,7 @@ def _values(section: str, given: dict[str, Any], options: dict[str, Option], fou
             near = nearest(str(value), choices) if choices and isinstance(value, str) else ""
             why = f"is not {needed}" if near[:3] != "did" else "is no value of this field"
             shown = "null" if value is None else value
-            found.add(key, shown, why, near if near[:3] == "did" else f"give {needed}")
+            found.add(key, shown, why, near if near[:3] == "did" else _example(key, option, str(needed)))
             continue
         allowed = _RANGES.get(name)
         number = result[name]
@@ -268,6 +277,13 @@ def _values(section: str, given: dict[str, Any], options: dict[str, Option], fou
         ):
             found.add(key, value, "is out of range", f"give {allowed[0]}")
     return result
+
+
+def _example(key: str, option: Option, needed: str) -> str:
+    default = "1e-4" if key == "lr" else option.default
+    if default is None or default == "":
+        return f"give {needed}"
+    return f"give {needed}, e.g. {key}={str(default).lower() if isinstance(default, bool) else default}"
 
 
 def _misspelt_field(section: str, name: str, options: Iterable[str]) -> str:
@@ -319,7 +335,7 @@ def _algorithm(
             "algo.name",
             algo.get("name"),
             "there is no such algorithm",
-            f"{nearest(name, known)} (there is: {', '.join(known)})",
+            f"choose one of: {', '.join(known)}",
         )
         return name, {}, {}
     declared = config_class(f"hydratune.algos.{name}", "BaseConfig")

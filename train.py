@@ -1,0 +1,388 @@
+"""The one entry: Hydra composes the config, `hydratune.run` runs it, the objective is returned.
+
+The command line is checked before Hydra runs anything, so that a wrong one ends in under a second with one message
+that lists all that is wrong, and leaves no directory behind. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+CONF = Path(__file__).resolve().parent / "conf"
+_PICKED_BY = {"model.name_or_path": "model=local", "data.path": "data=local", "data.name": "data=hub"}
+_MOST_VALUES = 64  # of one swept key that are checked up front
+
+HELP = """\
+hydratune: experiments and sweeps for LLM post-training
+
+  python train.py                                             the embedded default: a small model, built-in data
+  python train.py algo=sft model=qwen2.5_0.5b data=capybara peft=lora lr=1e-4
+  python train.py model.name_or_path=DIR data.path=FILE.jsonl any model, any jsonl, json, csv or parquet file
+  python train.py -m lr=1e-5,2e-5                             one run for each value
+  python train.py resume=outputs/DATE/TIME-NAME               go on where a run stopped
+  python train.py check=true …                                only the checks and the plan, no training
+  accelerate launch train.py trainer=fsdp …                   several GPUs
+
+Groups, picked as GROUP=ENTRY:
+{groups}
+
+Shortcuts, set as KEY=VALUE:
+{shortcuts}
+
+Fields, without +:
+  trainer.FIELD  of transformers.TrainingArguments       algo.FIELD   of the algorithm's own config
+  peft.FIELD     of the peft config (peft.r=16)          model.FIELD  data.FIELD  tracking.FIELD
+  model.init_kwargs.NAME=VALUE goes to from_pretrained untouched.
+
+--cfg job shows the composed config, debug=true a traceback, --hydra-help what else Hydra can do.
+Exit codes: 0 done, 2 config or data is wrong, 3 training failed, 130 interrupted and resumable.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line (default: that of the process); returns the exit code."""
+    typed = sys.argv[1:] if argv is None else argv
+    if "--help" in typed or "-h" in typed:
+        print(help_text())
+        return 0
+    show = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0") or bool(
+        {"debug=true", "debug=True"} & set(typed)
+    )
+    from hydratune.errors import Interrupted, TrainingFailed, UserError
+
+    before, argv_before = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing and exiting
+    try:
+        _hydra(typed)
+        return 0
+    except (UserError, TrainingFailed, KeyboardInterrupt) as error:
+        if show:
+            traceback.print_exc()
+        print(message(error), file=sys.stderr)
+        return getattr(error, "exit_code", Interrupted.exit_code)
+    finally:
+        sys.argv = argv_before
+        os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
+
+
+def message(error: BaseException) -> str:
+    """What the user reads: all violations under one headline."""
+    violations = getattr(error, "violations", None)
+    if violations is None:
+        return f"error: {error}" if str(error) else "interrupted"
+    what = "1 problem" if len(violations) == 1 else f"{len(violations)} problems"
+    return "\n".join([f"error: {what} in the configuration or data", *(f"  {v}" for v in violations)])
+
+
+def help_text() -> str:
+    from hydratune.config import SHORTCUTS
+
+    groups = "\n".join(f"  {g:<9} {', '.join(entries(g))}" for g in group_names())
+    lines = "\n".join(f"  {name:<13} {option.help}" for name, option in SHORTCUTS.items())
+    return HELP.format(groups=groups, shortcuts=lines).rstrip()
+
+
+def group_names() -> list[str]:
+    from hydratune.config import SECTIONS
+
+    return [
+        *SECTIONS,
+        *sorted(f.name for f in CONF.iterdir() if f.is_dir() and f.name not in (*SECTIONS, "hydra")),
+    ]
+
+
+def entries(group: str) -> list[str]:
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+# ------------------------------------------------------------------ Hydra
+
+
+def _hydra(typed: list[str]) -> None:
+    """Checks the command line, then lets Hydra compose and start the run, or the runs of a sweep."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from hydratune.config import parse
+    from hydratune.errors import TrainingFailed, UserError, Violation
+
+    absent: dict[Path, list[Path]] = {}
+    _register_resolvers(absent)
+    args = _arguments(typed)
+    overrides = rewrite(args.overrides)
+    options = [a for a in typed if a not in args.overrides]
+    command = shlex.join(["python", "train.py", *typed])
+    stopped: list[BaseException] = []
+
+    def task(cfg: DictConfig) -> float | None:
+        runtime = HydraConfig.get()
+        try:
+            settings = parse(
+                cfg,
+                command=command,
+                output_dir=str(runtime.runtime.output_dir),
+                choices=dict(runtime.runtime.choices),
+                overrides=list(runtime.overrides.task),
+                conf=CONF,
+            )
+            from hydratune.run import run
+
+            value = run(settings)
+            if settings.check and not args.multirun:
+                _remove_unused(Path(settings.output_dir), absent)
+            return value
+        except (UserError, TrainingFailed) as error:
+            if args.multirun:
+                raise
+            stopped.append(error)  # raised below: Hydra would print a line of its own on the way
+            return None
+
+    try:
+        if not (
+            args.info
+            or args.hydra_help
+            or args.shell_completion
+            or args.experimental_rerun
+            or args.config_path
+        ):
+            check_command(overrides, multirun=args.multirun, args=args)
+        sys.argv = [str(CONF.parent / "train.py"), *options, *overrides]
+        hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(task)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(Violation("command line", None, *explain(error))) from error
+    if stopped:
+        for path in list(absent):
+            _remove_unused(path, absent)
+        raise stopped[0]
+
+
+def _remove_unused(directory: Path, absent: dict[Path, list[Path]]) -> None:
+    """Takes back the directory that Hydra made for a run that wrote nothing; never one that was there before."""
+    made = absent.get(directory.absolute(), [])
+    if not made or not directory.is_dir() or {p.name for p in directory.iterdir()} - {".hydra"}:
+        return
+    for file in directory.glob(".hydra/*.yaml"):
+        file.unlink()
+    for folder in [directory / ".hydra", *made]:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _register_resolvers(absent: dict[Path, list[Path]]) -> None:
+    """Teaches OmegaConf how a run's directory is named; notes in `absent` which folders are not there yet."""
+    from omegaconf import OmegaConf
+
+    def directory(given: str | None, parent: str, time: str, run_name: str | None, choices: Any) -> str:
+        """`output_dir` as given, else <parent>/<time>-<name>."""
+        if given is not None:
+            return noted(Path(str(given)).expanduser())
+        picked = [str(choices[g]) for g in ("algo", "model", "data", "peft") if choices.get(g)]
+        name = str(run_name) if run_name is not None else "-".join(picked)
+        return noted(Path(parent) / f"{time}-{name.replace('/', '_')}")
+
+    def noted(path: Path) -> str:
+        whole = path.absolute()
+        absent.setdefault(whole, [p for p in (whole, *whole.parents) if not p.exists()])
+        return str(path)
+
+    OmegaConf.register_new_resolver("hydratune_dir", directory, replace=True)
+
+
+def _arguments(typed: list[str]) -> Any:
+    """The command line as Hydra's own parser splits it.
+
+    Raises:
+        UserError: an option that does not exist.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    from hydratune.errors import UserError, Violation, nearest
+
+    parser = get_args_parser()
+
+    def refuse(text: str) -> None:
+        bad = next(
+            (a for a in typed if a.startswith("-") and a.split("=")[0] not in parser._option_string_actions),
+            None,
+        )
+        known = [o for o in parser._option_string_actions if o.startswith("--")]
+        fix = nearest(bad, known) if bad else "see --help"
+        raise UserError(Violation(bad or "command line", None, text, fix))
+
+    parser.error = refuse  # type: ignore[method-assign, assignment]
+    args = parser.parse_args(typed)
+    if args.config_dir and not Path(args.config_dir).is_dir():
+        raise UserError(
+            Violation("--config-dir", args.config_dir, "there is no such folder", "give an existing one")
+        )
+    if args.multirun and args.cfg:
+        raise UserError(Violation("--multirun", None, "cannot go with --cfg", "leave out one of them"))
+    return args
+
+
+def rewrite(overrides: list[str]) -> list[str]:
+    """Overrides as Hydra shall see them.
+
+    A declared field needs no `+`: fields of our groups are forced in, and judged by `parse`. Naming a model or data
+    of one's own picks the entry for it, so that what the default entry sets for its small model does not stay.
+    """
+    from hydratune.config import SECTIONS, key_of
+
+    picked = {key_of(o) for o in overrides}
+    result = [
+        f"++{o}" if o.partition(".")[0] in SECTIONS and "." in o.partition("=")[0] and "=" in o else o
+        for o in overrides
+    ]
+    for override in overrides:
+        entry, (key, _, value) = _PICKED_BY.get(key_of(override)), override.partition("=")
+        group = entry.partition("=")[0] if entry else ""
+        if entry and group not in picked and value not in ("", "null") and not key.startswith("~"):
+            result.append(entry)
+            picked.add(group)
+    return result
+
+
+# ------------------------------------------------------------------ checks before Hydra runs
+
+
+def check_command(overrides: list[str], *, multirun: bool, args: Any) -> None:
+    """Every override by itself, then what they compose to, for each value of a sweep.
+
+    Raises:
+        UserError: with all that is wrong.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from hydratune.config import parse
+    from hydratune.errors import UserError, Violation
+
+    violations: list[Violation] = []
+    good: list[list[str]] = []  # for each override, the single-valued ones that it stands for
+    parser = OverridesParser.create()
+    own_files = bool(args.config_dir or args.config_name)
+    for text in overrides:
+        try:
+            (parsed,) = parser.parse_overrides([text])
+        except OverrideParseException as error:
+            violations.append(Violation(text.lstrip("+"), None, *explain(error)))
+            continue
+        wrong = list(_check_override(parsed, multirun=multirun, own_files=own_files))
+        violations += wrong
+        if not wrong:
+            good.append(list(_single(parsed, text)))
+    if own_files:
+        good.append(
+            [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
+        )
+    first = [values[0] for values in good if values]
+    variants = [first]
+    for i, values in enumerate(values for values in good if values):
+        variants += [[*first[:i], other, *first[i + 1 :]] for other in values[1:]]
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        for variant in variants:
+            try:
+                cfg = compose(args.config_name or "train", overrides=variant, return_hydra_config=True)
+                choices = dict(cfg.hydra.runtime.choices)
+                if args.cfg is None:
+                    parse(cfg, choices=choices, overrides=variant, conf=CONF)
+            except UserError as error:
+                violations += error.violations
+            except (HydraException, OmegaConfBaseException, ValueError) as error:
+                if not violations:
+                    violations.append(Violation("command line", None, *explain(error)))
+    if violations:
+        raise UserError({str(v): v for v in violations}.values())
+
+
+def _check_override(parsed: Any, *, multirun: bool, own_files: bool) -> Iterator[Any]:
+    """What is wrong with one override by itself: its key, a group's entry, several values without -m."""
+    from hydratune.config import SECTIONS, SHORTCUTS, misspelt_top_level
+    from hydratune.errors import Violation, nearest
+
+    key, groups = parsed.key_or_group, group_names()
+    shown = parsed.get_value_string() if parsed.value_type is not None else None
+    if key.partition(".")[0].partition("/")[0] == "hydra":
+        return
+    if parsed.is_sweep_override() and not multirun:
+        as_list = f"; a list is {key}=[{shown}]" if "." in key else ""
+        yield Violation(
+            key, shown, "has several values, one run takes one", f"add -m for one run each{as_list}"
+        )
+        return
+    if key in groups:
+        known = entries(key)
+        if parsed.is_add():
+            yield Violation(
+                f"+{key}", shown, "this group has an entry already", f"leave out the +: {key}={shown}"
+            )
+        for entry in [] if own_files or parsed.is_delete() else _texts(parsed):
+            if entry not in known:
+                near = nearest(entry, known)
+                also = "" if near.startswith("known") else f" (known: {', '.join(known)})"
+                yield Violation(key, entry, f"there is no such entry in conf/{key}", near + also)
+    elif key.partition(".")[0] not in (*SECTIONS, *SHORTCUTS) and not own_files:
+        yield Violation(key, shown, "there is no such key", misspelt_top_level(key))
+
+
+def _texts(parsed: Any) -> list[str]:
+    """The values of an override as texts, one for each value of a sweep."""
+    if not parsed.is_sweep_override():
+        return [parsed.get_value_element_as_str().strip("'\"")]
+    return [s.partition("=")[2].strip("'\"") for s in _single(parsed, "")]
+
+
+def _single(parsed: Any, text: str) -> Iterator[str]:
+    """An override as overrides with one value each: a sweep's values, an interval's two ends."""
+    from hydra.core.override_parser.types import Glob, IntervalSweep
+
+    if not parsed.is_sweep_override():
+        yield text
+        return
+    key, value = parsed.get_key_element(), parsed.value()
+    if isinstance(value, IntervalSweep):
+        yield from (f"{key}={value.start}", f"{key}={value.end}")
+    elif isinstance(value, Glob):
+        yield from (f"{key}={name}" for name in value.filter(entries(parsed.key_or_group)))
+    else:
+        for i, one in enumerate(parsed.sweep_string_iterator()):
+            if i < _MOST_VALUES:
+                yield f"{key}={one}"
+
+
+def explain(error: Exception) -> tuple[str, str]:
+    """Why, and the way out, for an error of Hydra or OmegaConf."""
+    from hydra.errors import MissingConfigException, OverrideParseException
+
+    from hydratune.errors import nearest
+
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OverrideParseException):
+        if "=" not in error.override:
+            return "is not KEY=VALUE", "write it as KEY=VALUE; --help lists the groups and keys"
+        return (
+            "cannot be read as KEY=VALUE",
+            "one = between key and value; quote special characters twice: 'KEY=\"a, b=c\"'",
+        )
+    if isinstance(error, MissingConfigException):
+        options = [str(o) for o in error.options or []]
+        missing = str(error.missing_cfg_file or "")
+        return " ".join(lines[:1]), nearest(
+            missing.rpartition("/")[2], options
+        ) if options else "check the name and --config-dir"
+    return " ".join(lines[:2]) or type(error).__name__, "see --help for groups, keys and examples"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
