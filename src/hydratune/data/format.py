@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 import datasets
 
 from hydratune.data.read import ORIGIN, shorten
+from hydratune.data.shapes import Faults, alpaca_of, messages_of, pair_of, text_of, token_row, with_system
 from hydratune.errors import UserError, Violation, nearest
 from hydratune.settings import DataSettings
 
@@ -22,27 +23,7 @@ NEEDS = {
     "text": ("text",),
 }
 _EXTRAS = ("tools", "chat_template_kwargs")
-_TOKEN_COLUMNS = ("labels", "completion_mask", "assistant_masks")
-_ROLES = {
-    **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function")},
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "observation": "tool",
-}
-_MESSAGE_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 _BATCH = 1000
-
-
-class _Faults(list[Violation]):
-    """Violations of rows, each named by where the row came from and by column."""
-
-    where = ""
-
-    def add(self, column: str, why: str, fix: str) -> None:
-        self.append(Violation(f"{self.where}, column {column}", None, why, fix))
 
 
 def as_json_text(value: Any) -> str | None:
@@ -115,7 +96,7 @@ def format_rows(
         raise UserError(Violation(where, None, "has no row", "give at least one row"))
     kind = "function" if function else _find_format(names, settings, where, text_field)
 
-    def convert(batch: Mapping[str, list[Any]], first: int, faults: _Faults) -> list[dict[str, Any]]:
+    def convert(batch: Mapping[str, list[Any]], first: int, faults: Faults) -> list[dict[str, Any]]:
         rows = []
         for offset in range(len(next(iter(batch.values())))):
             row = {name: batch[name][offset] for name in batch}
@@ -130,7 +111,7 @@ def format_rows(
         return _lazily(dataset, convert, where)
     from hydratune.data.load import to_dataset
 
-    faults, rows, first = _Faults(), [], 0
+    faults, rows, first = Faults(), [], 0
     plain = dataset.with_format(None)
     for batch in plain.iter(batch_size=_BATCH):
         rows.extend(convert(batch, first, faults))
@@ -146,7 +127,7 @@ def format_rows(
 
 def _lazily(dataset: Any, convert: Callable[..., list[dict[str, Any]]], where: str) -> Any:
     def batched(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        faults = _Faults()
+        faults = Faults()
         rows = convert(batch, indices[0], faults)
         if faults:
             raise shorten(faults, where)
@@ -192,28 +173,28 @@ def _find_format(names: list[str], settings: DataSettings, where: str, text_fiel
 
 
 def _convert(
-    row: dict[str, Any], kind: str, settings: DataSettings, text_field: str, function: Any, faults: _Faults
+    row: dict[str, Any], kind: str, settings: DataSettings, text_field: str, function: Any, faults: Faults
 ) -> dict[str, Any]:
     row = {**row, **{ours: row.get(theirs) for ours, theirs in settings.columns.items()}}
     extras = {name: as_json_text(row[name]) for name in _EXTRAS if row.get(name) is not None}
     if function is not None:
         kind, row = _call(function, row, text_field, faults)
     if kind == "alpaca":
-        kind, row = "prompt_completion", _alpaca(row, faults)
+        kind, row = "prompt_completion", alpaca_of(row, faults)
     out: dict[str, Any] = {}
     if kind == "tokenized":
-        return _token_row(row, faults)
+        return token_row(row, faults)
     if kind in ("messages", "sharegpt"):
         name = "conversations" if kind == "sharegpt" else "messages"
-        out["messages"] = _with_system(_messages(row.get(name), name, faults, row), settings.system_prompt)
+        out["messages"] = with_system(messages_of(row.get(name), name, faults, row), settings.system_prompt)
     elif kind == "prompt_completion":
-        out["prompt"], out["completion"] = _pair(row, settings.system_prompt, faults)
+        out["prompt"], out["completion"] = pair_of(row, settings.system_prompt, faults)
     elif kind == "text":
-        out[text_field] = _text(row.get(text_field), text_field, faults, row)
+        out[text_field] = text_of(row.get(text_field), text_field, faults, row)
     return {**out, **extras}
 
 
-def _call(function: Any, row: dict[str, Any], text_field: str, faults: _Faults) -> tuple[str, dict[str, Any]]:
+def _call(function: Any, row: dict[str, Any], text_field: str, faults: Faults) -> tuple[str, dict[str, Any]]:
     try:
         result = function(row)
     except Exception as error:  # any fault of the user's own function is told with its row
@@ -242,131 +223,3 @@ def _call(function: Any, row: dict[str, Any], text_field: str, faults: _Faults) 
         "return text, a list of messages, or {'prompt': …, 'completion': …}",
     )
     return "none", {}
-
-
-def _absent(name: str, row: Mapping[str, Any]) -> tuple[str, str]:
-    others = [key for key, value in row.items() if value is not None and key != name]
-    if others:
-        return f"is missing here; the row has {', '.join(others[:6])}", "write every row in one format"
-    return "is missing or null", "fill it in, or remove the row"
-
-
-def _text(value: Any, name: str, faults: _Faults, row: Mapping[str, Any], *, empty: bool = False) -> str:
-    if value is None:
-        faults.add(name, *_absent(name, row))
-    elif not isinstance(value, str):
-        faults.add(name, f"is a {type(value).__name__}, not text", "give text")
-    elif not empty and not value.strip():
-        faults.add(name, "is empty", "fill it in, or remove the row")
-    else:
-        return value
-    return ""
-
-
-def _messages(value: Any, name: str, faults: _Faults, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if value is None:
-        faults.add(name, *_absent(name, row))
-        return []
-    if not isinstance(value, list):
-        faults.add(
-            name,
-            f"is a {type(value).__name__}, not a list of messages",
-            'give [{"role": …, "content": …}, …]',
-        )
-        return []
-    if not value:
-        faults.add(name, "is an empty list of messages", "fill it in, or remove the row")
-    return [_message(message, f"{name}[{i}]", faults) for i, message in enumerate(value)]
-
-
-def _message(message: Any, at: str, faults: _Faults) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        faults.add(at, f"is a {type(message).__name__}, not a message", 'write {"role": …, "content": …}')
-        return {}
-    role, content = message.get("role"), message.get("content")
-    role = message.get("from") if role is None else role
-    content = message.get("value") if content is None else content
-    extra = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
-    if role is None:
-        faults.add(at, f"has no role (keys: {', '.join(message)})", 'write {"role": …, "content": …}')
-    elif role not in _ROLES:
-        faults.add(at, f"has the unknown role {role!r}", nearest(str(role), _ROLES))
-    if content is None and not extra.get("tool_calls"):
-        faults.add(
-            at,
-            f"has no content (keys: {', '.join(k for k in message if message[k] is not None)})",
-            "fill it in",
-        )
-    elif content is not None and not isinstance(content, str):
-        faults.add(at, f"its content is a {type(content).__name__}, not text", "give the content as text")
-    return {"role": _ROLES.get(str(role), str(role)), "content": content, **extra}
-
-
-def _with_system(messages: list[dict[str, Any]], prompt: str | None) -> list[dict[str, Any]]:
-    if prompt is None or not messages or messages[0].get("role") in ("system", "developer"):
-        return messages
-    return [{"role": "system", "content": prompt}, *messages]
-
-
-def _alpaca(row: dict[str, Any], faults: _Faults) -> dict[str, Any]:
-    question = _text(row.get("instruction"), "instruction", faults, row)
-    more = row.get("input")
-    if more is not None:
-        more = _text(more, "input", faults, row, empty=True)
-    answer = _text(row.get("output"), "output", faults, row)
-    return {
-        "prompt": [
-            {"role": "user", "content": f"{question}\n\n{more}" if more and more.strip() else question}
-        ],
-        "completion": [{"role": "assistant", "content": answer}],
-    }
-
-
-def _pair(row: dict[str, Any], system_prompt: str | None, faults: _Faults) -> tuple[Any, Any]:
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) != isinstance(completion, list) and None not in (prompt, completion):
-        kinds = f"prompt is a {type(prompt).__name__} and completion a {type(completion).__name__}"
-        faults.add("completion", kinds, "give both as text, or both as lists of messages")
-        return None, None
-    if not isinstance(prompt, list):
-        text = _text(prompt, "prompt", faults, row, empty=True), _text(completion, "completion", faults, row)
-        if system_prompt is None or not all(text):
-            return text
-        prompt, completion = (
-            [{"role": "user", "content": text[0]}],
-            [{"role": "assistant", "content": text[1]}],
-        )
-    messages = _with_system(_messages(prompt, "prompt", faults, row), system_prompt)
-    answer = _messages(completion, "completion", faults, row)
-    if answer and not any(
-        (m.get("content") or "").strip() or m.get("tool_calls")
-        for m in answer
-        if isinstance(m.get("content"), (str, type(None)))
-    ):
-        faults.add("completion", "is empty", "fill it in, or remove the row")
-    return messages, answer
-
-
-def _token_row(row: dict[str, Any], faults: _Faults) -> dict[str, Any]:
-    out = {"input_ids": row.get("input_ids")}
-    out.update({name: row[name] for name in _TOKEN_COLUMNS if row.get(name) is not None})
-    for name, values in out.items():
-        if values is None:
-            faults.add(name, *_absent(name, row))
-        elif not _whole_numbers(values):
-            faults.add(name, "is not a list of whole numbers", "give the token ids of one row as a flat list")
-        elif out["input_ids"] is not None and len(values) != len(out["input_ids"]):
-            faults.add(
-                name,
-                f"has {len(values)} values for {len(out['input_ids'])} input_ids",
-                "give one value a token",
-            )
-    return out
-
-
-def _whole_numbers(values: Any) -> bool:
-    return (
-        isinstance(values, Iterable)
-        and not isinstance(values, str)
-        and all(isinstance(value, int) for value in values)
-    )

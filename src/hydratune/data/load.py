@@ -136,7 +136,7 @@ def _hub(settings: DataSettings, split: str, key: str) -> Any:
         )
     except (OSError, ValueError, RuntimeError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        what = settings.name + (f" ({settings.subset})" if settings.subset else "")
+        what = f"{settings.name}" + (f" ({settings.subset})" if settings.subset else "")
         raise UserError(
             Violation(
                 "data.name",
