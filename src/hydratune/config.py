@@ -140,7 +140,7 @@ def parse(
         UserError: with every unknown key, wrong type, value out of range and contradiction.
     """
     chosen = {k: str(v) for k, v in (choices or {}).items() if "/" not in k}
-    found = _Found({key_of(o) for o in overrides}, chosen, conf)
+    found = _Found({key_of(o) for o in overrides} - set(SECTIONS), chosen, conf)
     plain = _resolve(cfg)
     for key in plain.keys() - SHORTCUTS.keys() - set(SECTIONS):
         found.add(str(key), plain[key], "there is no such key", misspelt_top_level(str(key)))
@@ -378,7 +378,7 @@ def _merge(
             continue
         typed = {k: v for k, v in candidates.items() if found.on_command_line(k)}
         judged = typed or {k: v for k, v in candidates.items() if "." in k}
-        if any(v != next(iter(judged.values())) for v in judged.values()):
+        if len(judged) > 1 and any(v != next(iter(judged.values())) for v in judged.values()):
             (first, one), *_, (last, other) = judged.items()
             found.add(first, one, f"{last}={other} sets the same field to another value", "keep one of them")
         value = [*(typed or candidates).values()][-1]
