@@ -180,7 +180,7 @@ def _convert(
     if function is not None:
         kind, row = _call(function, row, text_field, faults)
     if kind == "alpaca":
-        kind, row = "prompt_completion", alpaca_of(row, faults)
+        return {**alpaca_of(row, settings.system_prompt, faults), **extras}
     out: dict[str, Any] = {}
     if kind == "tokenized":
         return token_row(row, faults)

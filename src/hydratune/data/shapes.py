@@ -93,16 +93,15 @@ def with_system(messages: list[dict[str, Any]], prompt: str | None) -> list[dict
     return [{"role": "system", "content": prompt}, *messages]
 
 
-def alpaca_of(row: dict[str, Any], faults: Faults) -> dict[str, Any]:
+def alpaca_of(row: dict[str, Any], system_prompt: str | None, faults: Faults) -> dict[str, Any]:
     question = text_of(row.get("instruction"), "instruction", faults, row)
     more = row.get("input")
     if more is not None:
         more = text_of(more, "input", faults, row, empty=True)
     answer = text_of(row.get("output"), "output", faults, row)
+    prompt = [{"role": "user", "content": f"{question}\n\n{more}" if more and more.strip() else question}]
     return {
-        "prompt": [
-            {"role": "user", "content": f"{question}\n\n{more}" if more and more.strip() else question}
-        ],
+        "prompt": with_system(prompt, system_prompt),
         "completion": [{"role": "assistant", "content": answer}],
     }
 
@@ -125,12 +124,9 @@ def pair_of(row: dict[str, Any], system_prompt: str | None, faults: Faults) -> t
             [{"role": "assistant", "content": text[1]}],
         )
     messages = with_system(messages_of(prompt, "prompt", faults, row), system_prompt)
+    before = len(faults)
     answer = messages_of(completion, "completion", faults, row)
-    if answer and not any(
-        (m.get("content") or "").strip() or m.get("tool_calls")
-        for m in answer
-        if isinstance(m.get("content"), (str, type(None)))
-    ):
+    if len(faults) == before and not any((m["content"] or "").strip() or "tool_calls" in m for m in answer):
         faults.add("completion", "is empty", "fill it in, or remove the row")
     return messages, answer
 
