@@ -185,8 +185,8 @@ def _register_resolvers(absent: dict[Path, list[Path]]) -> None:
         """`output_dir` as given, else <parent>/<time>-<name>."""
         if given is not None:
             return noted(Path(str(given)).expanduser())
-        picked = [str(choices[g]) for g in ("algo", "model", "data", "peft") if choices.get(g)]
-        name = str(run_name) if run_name is not None else "-".join(picked)
+        picked = [str(choices[g]) for g in ("algo", "model", "data", "peft") if choices and choices.get(g)]
+        name = str(run_name) if run_name is not None else "-".join(picked) or "sweep"
         return noted(Path(parent) / f"{time}-{name.replace('/', '_')}")
 
     def noted(path: Path) -> str:

@@ -221,7 +221,7 @@ def misspelt_top_level(key: str) -> str:
 
 def _resolve(cfg: DictConfig) -> dict[str, Any]:
     try:
-        own = OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"])
+        own = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
         plain = OmegaConf.to_container(own, resolve=True)
     except OmegaConfBaseException as error:
         why = str(error.msg or error).splitlines()[0]

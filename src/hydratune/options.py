@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -330,7 +330,8 @@ def _convert(value: Any, node: ast.expr) -> Any:
         return value  # a type that is not known here is judged by the class that takes it
     if isinstance(value, list | dict) or value is None:
         raise ValueError(name)
-    return {"int": _int, "float": _float, "bool": _bool, "str": str}[name](value)
+    conversions: dict[str, Callable[[Any], Any]] = {"int": _int, "float": _float, "bool": _bool, "str": str}
+    return conversions[name](value)
 
 
 def _is_numbered(choice: Any, value: Any) -> bool:
