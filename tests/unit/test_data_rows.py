@@ -199,3 +199,37 @@ def test_conversations_need_a_template():
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         trained_text([{"messages": CHAT}], tokenizer)
+
+
+@pytest.mark.parametrize("assistant_only", [False, True])
+@pytest.mark.parametrize("marked", [False, True])
+def test_rows_with_their_own_tools_are_rendered_one_by_one(assistant_only, marked):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{%- for tool in tools or [] -%}{{- tool.name -}}{%- endfor -%}" + tokenizer.chat_template
+    )
+    if not marked:
+        for mark in ("{%- generation -%}", "{%- endgeneration -%}"):
+            tokenizer.chat_template = tokenizer.chat_template.replace(mark, "")
+    rows = [{"messages": CHAT, "tools": [{"name": "search"}]}, {"messages": CHAT, "tools": None}]
+    (first, second), _ = trained_text(rows, tokenizer, assistant_only_loss=assistant_only)
+    end = tokenizer.eos_token
+    assert second == (f"Yo{end}" if assistant_only else tokenizer.apply_chat_template(CHAT, tokenize=False))
+    assert first == (second if assistant_only else "search" + second)
+
+
+def test_no_rows_to_tokenise_is_an_error():
+    with pytest.raises(UserError, match="has no row"):
+        tokenize(Dataset.from_dict({"text": []}), byte_tokenizer(), TokenizeOptions(), where="t")
+    with pytest.raises(UserError, match="has no row"):
+        format_rows(Dataset.from_dict({"text": []}), DataSettings(), where="t")
+
+
+def test_a_hub_that_fails_is_one_error(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(UserError, match="no route") as caught:
+        load(DataSettings(source="hub", name="owner/rows", split="train"), 0)
+    assert "data.name = 'owner/rows'" in str(caught.value) and "data.source=local" in str(caught.value)

@@ -104,7 +104,9 @@ def tokenize(
         UserError: a loss option that the rows do not allow, a template that cannot give the masks, no row left.
     """
     names = columns_of(dataset)
-    sample = next(iter(dataset))
+    sample = next(iter(dataset), None)
+    if sample is None:
+        raise UserError(Violation(where, None, "has no row", "give at least one row"))
     _check(names, sample, tokenizer, options, where)
 
     def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
