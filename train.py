@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     before, argv_before = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing and exiting
     try:
-        _hydra(typed)
+        _hydra(resumed(typed), typed)
         return 0
     except (UserError, TrainingFailed, KeyboardInterrupt) as error:
         if show:
@@ -104,7 +104,31 @@ def entries(group: str) -> list[str]:
 # ------------------------------------------------------------------ Hydra
 
 
-def _hydra(typed: list[str]) -> None:
+def resumed(typed: list[str]) -> list[str]:
+    """The command line of `resume=RUN`: the overrides that the run was started with, those given now after them.
+
+    The run goes on in its own directory. A directory that holds no run is left to the checks, which say so.
+    """
+    given = next((a.partition("=")[2].strip("'\"") for a in typed if a.startswith("resume=")), "")
+    run = Path(given).expanduser()
+    run = run.parent.parent if run.name.startswith("checkpoint-") else run
+    saved = run / ".hydra" / "overrides.yaml"
+    if not given or not saved.is_file():
+        return typed
+    import yaml
+
+    mine = {_key(a) for a in typed}
+    before = [o for o in yaml.safe_load(saved.read_text(encoding="utf-8")) or [] if _key(o) not in mine]
+    before = [o for o in before if _key(o) not in ("output_dir", "resume", "check")]
+    place = [] if "output_dir" in mine else [f"output_dir='{run}'"]
+    return [*before, *place, *typed]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def _hydra(typed: list[str], shown: list[str]) -> None:
     """Checks the command line, then lets Hydra compose and start the run, or the runs of a sweep."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -120,7 +144,7 @@ def _hydra(typed: list[str]) -> None:
     args = _arguments(typed)
     overrides = rewrite(args.overrides)
     options = [a for a in typed if a not in args.overrides]
-    command = shlex.join(["python", "train.py", *typed])
+    command = shlex.join(["python", "train.py", *shown])
     stopped: list[BaseException] = []
 
     def task(cfg: DictConfig) -> float | None:

@@ -20,8 +20,7 @@ from hydratune.algos.base import BaseConfig, BaseTrainer
 from hydratune.data.collate import SFTCollator
 from hydratune.data.pipeline import prepare
 from hydratune.errors import UserError, Violation
-from hydratune.fused_head import FusedHead, select
-from hydratune.losses import token_loss
+from hydratune.fused_head import FusedHead, Stats, cross_entropy, select
 from hydratune.models import ModelRecipe
 from hydratune.settings import option
 
@@ -179,7 +178,7 @@ class SFTTrainer(BaseTrainer):
             batch["output_router_logits"] = True
         if return_outputs or self.compute_loss_func is not None or self.label_smoother is not None:
             outputs = model(**batch)
-            loss_sum, stats = self._loss_from_logits(outputs, labels, num_items_in_batch)
+            loss_sum, stats = self._from_logits(outputs, labels, num_items_in_batch)
         else:
             with FusedHead(model, labels, loss_type=self.args.loss_type, want_stats=self.stats_wanted()) as head:
                 outputs = model(**batch)
@@ -203,3 +202,16 @@ class SFTTrainer(BaseTrainer):
             parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.args.router_aux_loss_coef * aux / parts
         return (loss, outputs) if return_outputs else loss
+
+    def _from_logits(self, outputs: Any, labels: torch.Tensor, num_items: Any) -> tuple[torch.Tensor, Stats]:
+        """Summed loss of all logits: for metrics on them, a loss function of the user's, or label smoothing."""
+        rows, targets = select(outputs.logits, labels)
+        loss_sum, stats = cross_entropy(rows, targets, self.args.loss_type, self.stats_wanted())
+        weight = stats.count if num_items is None else torch.as_tensor(num_items, device=rows.device)
+        if self.compute_loss_func is not None:
+            loss_sum = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items) * weight
+        elif self.label_smoother is not None and self.args.loss_type == "nll":
+            rate = self.label_smoother.epsilon
+            even = -torch.log_softmax(rows.float(), dim=-1).mean(-1).sum()  # cross-entropy against the uniform choice
+            loss_sum = (1 - rate) * loss_sum + rate * even
+        return loss_sum, stats

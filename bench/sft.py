@@ -1,0 +1,153 @@
+"""SFT side by side with TRL: real (non-pad) tokens per second and peak memory, as ratios of medians.
+
+One process per arm, arms alternating (A B A B …), same weights, rows and batches; the first two steps are warm-up.
+The run fails unless the arms' losses agree, gradients flow and parameters move.
+
+    python bench/sft.py --data ../shared/data/sft/capybara_like.jsonl --tokenizer ../shared/data/tokenizer/gpt-neox-20b
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ARMS = {
+    "ours": ("hydratune", {}),
+    "ours, padding_free": ("hydratune", {"padding_free": True}),
+    "TRL, defaults": ("trl", {}),
+    "TRL, at its best": ("trl", {"padding_free": True, "gradient_checkpointing": False, "bf16": False}),
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="jsonl with messages; default: the built-in arithmetic rows")
+    parser.add_argument("--tokenizer", default="byte")
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def rows(options: argparse.Namespace):
+    from datasets import Dataset
+
+    if options.data is None:
+        from hydratune.data.builtin import arithmetic
+
+        return Dataset.from_list([{"messages": row["messages"]} for row in arithmetic(options.rows, seed=0)])
+    with Path(options.data).open(encoding="utf-8") as lines:
+        return Dataset.from_list([json.loads(line) for line, _ in zip(lines, range(options.rows), strict=False)])
+
+
+def one_arm(options: argparse.Namespace) -> dict[str, float]:
+    """Train a few steps; tokens per second after warm-up, peak memory in MiB, the losses."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
+
+    from hydratune.models import load_tokenizer
+
+    package, settings = ARMS[options.arm]
+    trainers = __import__(package, fromlist=["SFTTrainer", "SFTConfig"])
+    tokenizer = load_tokenizer(options.tokenizer)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=options.hidden, intermediate_size=3 * options.hidden,
+        num_hidden_layers=options.layers, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=_attention(package, settings))
+    peft = {}
+    if options.lora:
+        from peft import LoraConfig
+
+        peft["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    times: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = trainers.SFTConfig(
+            output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.batch, logging_steps=1,
+            save_strategy="no", report_to=[], max_length=options.max_length, learning_rate=1e-3, seed=0,
+            disable_tqdm=True, **settings,
+        )  # fmt: skip
+        trainer = trainers.SFTTrainer(
+            model=model, args=args, train_dataset=rows(options), processing_class=tokenizer, callbacks=[Clock()], **peft
+        )
+        watched = next(p for p in trainer.model.parameters() if p.requires_grad)
+        before = watched.detach().clone()
+        trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert all(float(entry["grad_norm"]) > 0 for entry in logs), "no gradient"
+    assert not torch.equal(before, watched), "parameters did not move"
+    tokens = logs[-1]["num_tokens"] - logs[1]["num_tokens"]
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "tokens_per_second": tokens / (times[-1] - times[1]),
+        "peak_mib": memory / 2**20,
+        "losses": [entry["loss"] for entry in logs],
+    }
+
+
+def _attention(package: str, settings: dict) -> str:
+    """Ours picks what is exact and fastest; TRL takes transformers' default."""
+    if package == "hydratune" and settings.get("padding_free"):
+        from hydratune import attention
+
+        attention.register()
+        return "hydratune_varlen"
+    return "sdpa"
+
+
+def main() -> None:
+    options = parse()
+    if options.arm:
+        print(json.dumps(one_arm(options)))
+        return
+    results: dict[str, list[dict]] = {arm: [] for arm in ARMS}
+    for _ in range(options.rounds):
+        for arm in ARMS:
+            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--arm", arm], capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{arm} failed:\n{done.stderr[-3000:]}")
+            results[arm].append(json.loads(done.stdout.splitlines()[-1]))
+    reference = results["ours"][0]["losses"]
+    for arm, runs in results.items():
+        # TRL's defaults train in bf16 autocast, hence the wide margin; equal precision is held to 1e-4 in tests/peer
+        worst = max(abs(a - b) for a, b in zip(reference, runs[0]["losses"], strict=True))
+        assert worst < 0.05, f"{arm}: the losses differ by {worst}"
+
+    import torch
+    import transformers
+
+    speed = {arm: statistics.median(r["tokens_per_second"] for r in runs) for arm, runs in results.items()}
+    memory = {arm: statistics.median(r["peak_mib"] for r in runs) for arm, runs in results.items()}
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, "
+          f"{torch.get_num_threads()} threads, {'LoRA' if options.lora else 'full'}, vocabulary {options.tokenizer.split('/')[-1]}")  # fmt: skip
+    print("| arm | tokens/s | ours is faster by | peak memory MiB | ours / theirs |\n|---|---|---|---|---|")
+    for arm in ARMS:
+        print(f"| {arm} | {speed[arm]:.0f} | {speed['ours, padding_free'] / speed[arm]:.2f}× | {memory[arm]:.0f} "
+              f"| {memory['ours, padding_free'] / memory[arm]:.2f} |")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

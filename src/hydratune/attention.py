@@ -1,0 +1,170 @@
+"""Exact attention for packed and padding-free batches, and the choice of a backend.
+
+A packed batch is one row of documents end to end, whose boundaries come with it as `cu_seq_lens_q` (see
+`data/collate.py`). "hydratune_varlen" attends within each document: on a CPU with one sdpa call a document, on CUDA with
+the FlashAttention-2 kernels inside torch (`torch.nn.attention.varlen`, torch ≥ 2.10). Padded batches and generation take
+transformers' sdpa path.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.utils import is_flash_attn_2_available
+
+NAME = "hydratune_varlen"
+_EXACT = {"sdpa", "eager", "flex_attention", NAME, "flash_attention_2", "flash_attention_3", "flash_attention_4"}
+
+
+def register() -> None:
+    """Make "hydratune_varlen" known to transformers; may be called any number of times."""
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def exact_when_packed(name: str) -> bool:
+    """Whether a backend keeps documents of a packed batch apart (transformers passes it their positions)."""
+    return name.split("|")[-1].removeprefix("paged_") in _EXACT
+
+
+def available(device: str) -> dict[str, bool]:
+    """The backends by name, and whether this device ("cpu", "cuda", …) has them."""
+    cuda = device == "cuda"
+    return {
+        "sdpa": True,
+        "eager": True,
+        "flex_attention": cuda,
+        NAME: device in ("cpu", "cuda"),
+        "flash_attention_2": cuda and is_flash_attn_2_available(),
+    }
+
+
+def choose(device: str, *, packed: bool, config: Any) -> str:
+    """The fastest exact backend for a model config on a device: what `attn_implementation: auto` means."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return "eager"  # sdpa cannot cap logits
+    if not packed:
+        return "sdpa"
+    if available(device)["flash_attention_2"]:
+        return "flash_attention_2"
+    return NAME if available(device)[NAME] and _full_attention(text) else "sdpa"
+
+
+def _full_attention(config: Any) -> bool:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return set(kinds) == {"full_attention"}
+    return getattr(config, "sliding_window", None) is None or not getattr(config, "use_sliding_window", True)
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """No mask where none is padded, so that packed rows never get a dense T × T one; else sdpa's."""
+    if attention_mask is None and q_length == kv_length and not args:
+        return None
+    return sdpa_mask(
+        batch_size, q_length, kv_length, *args, mask_function=mask_function, attention_mask=attention_mask, **kwargs
+    )
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention in transformers' interface: query [B, H, T, D], key and value [B, H_kv, T, D] → [B, T, H, D].
+
+    Raises:
+        ValueError: the layer has a sliding window or caps its logits; `choose` does not offer this backend then.
+    """
+    if kwargs.get("sliding_window") is not None or kwargs.get("softcap") is not None:
+        raise ValueError(f"{NAME} has neither sliding windows nor capped logits: use sdpa, eager or flex_attention")
+    boundaries = kwargs.get("cu_seq_lens_q")
+    alone = attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1
+    if boundaries is None and alone:
+        boundaries = _boundaries(kwargs.get("position_ids"), query.shape[2])
+    if boundaries is None or not alone:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and _varlen() is not None:
+        return _torch_varlen(query, key, value, boundaries, kwargs.get("max_length_q"), scaling), None
+    edges = boundaries.tolist()
+    parts = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for start, end in zip(edges[:-1], edges[1:], strict=True)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _boundaries(position_ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """Document boundaries from restarting positions, for callers that pass no `cu_seq_lens_q`."""
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[0] != 1:
+        return None
+    starts = (position_ids[0] == 0).nonzero().flatten()
+    return torch.cat([starts, starts.new_tensor([length])]).to(torch.int32) if len(starts) > 1 else None
+
+
+@cache
+def _varlen() -> Any:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
+def _torch_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int | None,
+    scaling: float | None,
+) -> torch.Tensor:
+    """`varlen_attn` over [T, H, D]; its arguments changed between torch 2.10 and 2.13, so its signature is asked."""
+    attend = _varlen()
+    known = inspect.signature(attend).parameters
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if scaling is not None:
+        if "scale" in known:
+            options["scale"] = scaling
+        else:
+            query = query * (scaling * query.shape[-1] ** 0.5)
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
+    if longest is None:
+        longest = int(boundaries.diff().max())
+    return attend(query, key, value, boundaries, boundaries, longest, longest, **options)[None]

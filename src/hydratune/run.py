@@ -1,0 +1,279 @@
+"""One run, from settings to an objective: check, data, model, train, evaluate, save, report.
+
+The only place that knows all the rooms. Everything before `_train` leaves nothing on disk, so that bad input costs
+nothing; everything after it ends in `RunTracker.finish`, whatever happens.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydratune import checks
+from hydratune.errors import Interrupted, TrainingFailed, UserError, Violation
+from hydratune.settings import RunSettings
+from hydratune.tracking import PhaseClock, RunTracker, collect_summary, setup_logging, write_config, write_summary
+
+log = logging.getLogger("hydratune")
+
+
+@dataclass
+class Job:
+    """All that a run needs, made and checked before any weight is loaded."""
+
+    args: Any
+    tokenizer: Any
+    train: Any
+    evaluation: Any
+    eval_rows: list[dict[str, Any]]
+    recipe: Any
+    plan: Any
+
+
+def run(settings: RunSettings) -> float | None:
+    """Check, train and report one run.
+
+    Args:
+        settings: the parsed configuration (`hydratune.config.parse`, or written by hand in a notebook).
+
+    Returns:
+        The objective: the metric `settings.objective` names, else eval_loss, else loss. None with `check`.
+
+    Raises:
+        UserError: the settings or the data cannot work; nothing was written.
+        TrainingFailed: the loss is not finite, or memory ran out; the run directory says so.
+        Interrupted: stopped by Ctrl-C or SIGTERM after a checkpoint.
+    """
+    checks.check_settings(settings).raise_if_any()
+    clock = PhaseClock()
+    with clock.phase("imports"):
+        from hydratune import plan as plans
+    job = prepare(settings, clock)
+    if _is_main_process():
+        plans.show(job.plan)
+    if settings.check:
+        return None
+    return _train(settings, job, clock)
+
+
+def prepare(settings: RunSettings, clock: PhaseClock) -> Job:
+    """Everything up to the weights: device, arguments, tokenizer, data, recipe and plan, checked together."""
+    with clock.phase("imports"):
+        from hydratune import adapters, attention, plan
+        from hydratune.models import load_tokenizer, recipe_from, weights_dtype
+
+        attention.register()
+    device = checks.device_facts()
+    findings = checks.check_device(settings, device)
+    findings.raise_if_any()
+    model = settings.model
+    with clock.phase("data"):
+        args = _arguments(settings, device)
+        tokenizer = load_tokenizer(
+            model.tokenizer or str(model.name_or_path),
+            trust_remote_code=model.trust_remote_code,
+            chat_template_path=model.chat_template_path or args.chat_template_path,
+            eos_token=getattr(args, "eos_token", None),
+            pad_token=getattr(args, "pad_token", None),
+        )
+        findings = findings.merge(checks.check_tokenizer(tokenizer, settings))
+        peft_config = adapters.peft_config(settings.peft)
+        dtype = weights_dtype(model.dtype, frozen_base=peft_config is not None, bf16=device.kind == "cuda" and device.bf16)
+        recipe = recipe_from(settings, peft_config, vocab_size=len(tokenizer), dtype=dtype, attention=None)
+        outline = recipe.outline()
+        findings = findings.merge(checks.check_model(outline, settings.peft, tokenizer, settings))
+        findings.raise_if_any()
+        packed = bool(getattr(args, "packing", False) or getattr(args, "padding_free", False))
+        chosen = model.attn_implementation
+        if chosen == "auto":
+            chosen = attention.choose(device.kind, packed=packed, config=outline.config)
+        recipe = recipe_from(settings, peft_config, vocab_size=len(tokenizer), dtype=dtype, attention=chosen)
+        train, evaluation, eval_rows, reports = _data(settings, args, tokenizer)
+    made = plan.make(
+        settings, args=args, tokenizer=tokenizer, outline=outline, recipe=recipe, train=train, reports=reports,
+        device=device, warnings=findings.warnings,
+    )  # fmt: skip
+    if args.auto_checkpointing:
+        args.use_checkpointing(made.needs_checkpointing)
+    return Job(args, tokenizer, train, evaluation, eval_rows, recipe, made)
+
+
+def _arguments(settings: RunSettings, device: checks.DeviceFacts) -> Any:
+    from hydratune import algos
+
+    config_class, _ = algos.classes(settings.algo)
+    options = dict(settings.algo_options)
+    for kind in ("bf16", "fp16"):
+        if options.get(kind) and not getattr(device, kind):
+            options[kind] = False  # check_device has warned
+    try:
+        return config_class(
+            **{
+                "output_dir": str(Path(settings.output_dir) / "checkpoints"),
+                "seed": settings.seed,
+                "report_to": [],
+                "disable_tqdm": True,
+                "run_name": settings.run_name,
+                **options,
+            }
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(
+            Violation("trainer", None, str(error).splitlines()[0], "change the trainer.* field that this names")
+        ) from error
+
+
+def _data(settings: RunSettings, args: Any, tokenizer: Any) -> tuple[Any, Any, list[dict[str, Any]], dict[str, Any]]:
+    """Load, format, tokenise and pack both data sets; also a few formatted evaluation rows for samples."""
+    from hydratune.data.format import format_rows
+    from hydratune.data.load import load
+    from hydratune.data.pipeline import prepare as tokenise
+
+    data = settings.data
+    seed = settings.seed if data.seed is None else data.seed
+    train_rows, eval_rows = load(data, seed)
+    reports: dict[str, Any] = {}
+    ready: dict[str, Any] = {"train": None, "eval": None}
+    formatted: dict[str, Any] = {}
+    args.dataset_num_proc = args.dataset_num_proc or data.num_proc
+    for name, rows in (("train", train_rows), ("eval", eval_rows)):
+        if rows is None:
+            continue
+        formatted[name] = format_rows(rows, data, where=name)
+        packing = args.packing if name == "train" or args.eval_packing is None else args.eval_packing
+        ready[name], reports[name] = tokenise(
+            formatted[name], tokenizer, args, packing=packing, where=name, cache=data.cache
+        )
+    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    source = eval_rows if data.source == "builtin" else formatted.get("eval")  # built-in rows carry their answer
+    few = [] if source is None else [row for row, _ in zip(source, range(settings.tracking.samples), strict=False)]
+    return ready["train"], ready["eval"], few, reports
+
+
+def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
+    from transformers import PrinterCallback
+
+    from hydratune import algos
+    from hydratune.interrupt import StopOnSignal
+    from hydratune.progress import ProgressCallback
+
+    out = Path(settings.output_dir)
+    main = _is_main_process()
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        setup_logging(out, settings.debug)
+        write_config(out, settings.resolved)
+    tracker = RunTracker(settings, out, clock)
+    status, trainer = "failed", None
+    stop = StopOnSignal()
+    try:
+        if main:
+            tracker.start({"plan": job.plan.as_dict()})
+        with clock.phase("model"):
+            _, trainer_class = algos.classes(settings.algo)
+            base = _save_base(out, job) if main else None
+            trainer = trainer_class(
+                args=job.args,
+                train_dataset=job.train,
+                eval_dataset=job.evaluation,
+                processing_class=job.tokenizer,
+                recipe=job.recipe,
+                callbacks=[tracker.callback(), ProgressCallback(), stop.callback()],
+            )
+            trainer.remove_callback(PrinterCallback)
+            if base:
+                trainer.model.peft_config["default"].base_model_name_or_path = base
+        with clock.phase("training"), stop:
+            trainer.train(resume_from_checkpoint=_checkpoint(settings))
+        if stop.requested:
+            status = "interrupted"
+            raise Interrupted(f"stopped at step {trainer.state.global_step}; go on with: python train.py resume={out}")
+        if job.evaluation is not None and not _just_evaluated(trainer):
+            with clock.phase("evaluation"):
+                trainer.evaluate()
+        with clock.phase("saving"):
+            trainer.save_model(str(out / "model"))
+        _samples(settings, job, trainer, tracker)
+        status = "completed"
+    except KeyboardInterrupt as error:
+        status = "interrupted"
+        if isinstance(error, Interrupted):
+            raise
+        raise Interrupted(f"stopped at once; the last checkpoint, if any, is in {out / 'checkpoints'}") from None
+    except _out_of_memory() as error:
+        raise TrainingFailed(
+            f"out of memory ({str(error).splitlines()[0]}): try trainer.gradient_checkpointing=true, a smaller batch_size "
+            "with more trainer.gradient_accumulation_steps, a smaller algo.max_length, or peft=lora"
+        ) from error
+    finally:
+        objective = _close(settings, job, clock, tracker, trainer, status) if main else None
+    return objective
+
+
+def _close(settings: RunSettings, job: Job, clock: PhaseClock, tracker: RunTracker, trainer: Any, status: str) -> float | None:
+    """Write what a run leaves behind: summary, model card, report; close the trackers."""
+    from hydratune.card import write_card
+    from hydratune.progress import final_table
+    from hydratune.report import write_report
+
+    out = Path(settings.output_dir)
+    summary = collect_summary(settings, out, clock, status=status, trainer=trainer)
+    write_summary(out, summary)
+    if (out / "model").is_dir():
+        write_card(out / "model", out)
+    write_report(out)
+    tracker.finish(status, summary)
+    if status == "completed":
+        final_table(summary, out)
+    return summary["objective"]["value"]
+
+
+def _save_base(out: Path, job: Job) -> str | None:
+    """Keep a random-weight base beside its adapter: no one else has it, and reloading or merging needs it."""
+    if job.recipe.architecture is None or job.recipe.peft_config is None:
+        return None
+    target = (out / "base").resolve()
+    if not (target / "config.json").is_file():
+        job.recipe.build(adapter=False).save_pretrained(target)
+    return str(target)
+
+
+def _samples(settings: RunSettings, job: Job, trainer: Any, tracker: RunTracker) -> None:
+    if not job.eval_rows or not _is_main_process():
+        return
+    from hydratune.samples import complete
+
+    rows = complete(trainer.model, job.tokenizer, job.eval_rows, max_new_tokens=settings.tracking.sample_tokens)
+    if rows:
+        tracker.samples(rows)
+
+
+def _checkpoint(settings: RunSettings) -> str | None:
+    if settings.resume is None:
+        return None
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = Path(settings.resume)
+    if folder.name.startswith("checkpoint-"):
+        return str(folder)
+    return get_last_checkpoint(str(folder / "checkpoints"))
+
+
+def _just_evaluated(trainer: Any) -> bool:
+    """Whether the last step was evaluated already, so that the end need not do it again."""
+    last = trainer.state.global_step
+    return any(entry["step"] == last and "eval_loss" in entry for entry in trainer.state.log_history)
+
+
+def _out_of_memory() -> tuple[type[BaseException], ...]:
+    import torch
+
+    return (torch.OutOfMemoryError, MemoryError)
+
+
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
