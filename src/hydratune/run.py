@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from hydratune.settings import RunSettings
 from hydratune.tracking import PhaseClock, RunTracker, collect_summary, setup_logging, write_config, write_summary
 
 log = logging.getLogger("hydratune")
+_VERIFIED_ROWS = 64  # held-out rows of a built-in data set that are completed and verified at the end
 
 
 @dataclass
@@ -119,6 +119,7 @@ def _arguments(settings: RunSettings, device: checks.DeviceFacts) -> Any:
                 "disable_tqdm": True,
                 "run_name": settings.run_name,
                 **options,
+                **({} if checks.evaluates(settings) else {"eval_strategy": "no"}),
             }
         )
     except (TypeError, ValueError, ImportError) as error:
@@ -149,8 +150,11 @@ def _data(settings: RunSettings, args: Any, tokenizer: Any) -> tuple[Any, Any, l
             formatted[name], tokenizer, args, packing=packing, where=name, cache=data.cache
         )
     args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-    source = eval_rows if data.source == "builtin" else formatted.get("eval")  # built-in rows carry their answer
-    few = [] if source is None else [row for row, _ in zip(source, range(settings.tracking.samples), strict=False)]
+    if data.source == "builtin":  # its rows carry their answer, so that completions can be verified
+        source, wanted = eval_rows, _VERIFIED_ROWS
+    else:
+        source, wanted = formatted.get("eval"), settings.tracking.samples
+    few = [] if source is None or not settings.tracking.samples else [r for r, _ in zip(source, range(wanted), strict=False)]
     return ready["train"], ready["eval"], few, reports
 
 
@@ -169,7 +173,7 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
         write_config(out, settings.resolved)
     tracker = RunTracker(settings, out, clock)
     status, trainer = "failed", None
-    stop = StopOnSignal()
+    stop, progress = StopOnSignal(), ProgressCallback()
     try:
         if main:
             tracker.start({"plan": job.plan.as_dict()})
@@ -182,7 +186,7 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
                 eval_dataset=job.evaluation,
                 processing_class=job.tokenizer,
                 recipe=job.recipe,
-                callbacks=[tracker.callback(), ProgressCallback(), stop.callback()],
+                callbacks=[tracker.callback(), progress, stop.callback()],
             )
             trainer.remove_callback(PrinterCallback)
             if base:
@@ -210,6 +214,7 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
             "with more trainer.gradient_accumulation_steps, a smaller algo.max_length, or peft=lora"
         ) from error
     finally:
+        progress.close()
         objective = _close(settings, job, clock, tracker, trainer, status) if main else None
     return objective
 
@@ -248,8 +253,11 @@ def _samples(settings: RunSettings, job: Job, trainer: Any, tracker: RunTracker)
     from hydratune.samples import complete
 
     rows = complete(trainer.model, job.tokenizer, job.eval_rows, max_new_tokens=settings.tracking.sample_tokens)
+    verified = [row["correct"] for row in rows if "correct" in row]
+    if verified:
+        trainer.log({"verified_accuracy": sum(verified) / len(verified)})
     if rows:
-        tracker.samples(rows)
+        tracker.samples(rows[: settings.tracking.samples])
 
 
 def _checkpoint(settings: RunSettings) -> str | None:

@@ -1,0 +1,124 @@
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere, and a table at its end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from transformers import TrainerCallback
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 0:07, 12:34 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def amount(number: float) -> str:
+    """A number with at most four digits: 950, 3.2k, 41k, 1.3M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.1f}{unit}" if abs(number) < 10 * size else f"{number / size:.0f}{unit}"
+    return f"{number:.0f}"
+
+
+def describe(logs: dict[str, Any]) -> str:
+    """One log event in a line: loss, learning rate, tokens per second; of an evaluation its metrics."""
+    parts = []
+    for key, name, form in (
+        ("loss", "loss", "{:.4f}"),
+        ("eval_loss", "eval loss", "{:.4f}"),
+        ("eval_mean_token_accuracy", "accuracy", "{:.1%}"),
+        ("learning_rate", "lr", "{:.1e}"),
+    ):
+        if isinstance(logs.get(key), int | float):
+            parts.append(f"{name} {form.format(logs[key])}")
+    if isinstance(logs.get("tokens_per_second"), int | float):
+        parts.append(f"{amount(logs['tokens_per_second'])} tok/s")
+    return " · ".join(parts)
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows a run's steps on the main process, in place of transformers' own progress and printer callbacks."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._start, self._first_step = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start, self._first_step = time.monotonic(), state.global_step
+        if not (state.is_world_process_zero and self._console.is_terminal):
+            return
+        self._bar = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[left]}", style="dim"),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, facts="", left="")
+        self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=state.global_step, left=self._left(state))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not (facts := describe(logs or {})):
+            return
+        evaluated = "eval_loss" in logs
+        if self._bar is not None and self._task is not None:
+            if evaluated:
+                self._bar.console.print(f"step {state.global_step}: {facts}", highlight=False)
+            else:
+                self._bar.update(self._task, completed=state.global_step, facts=facts)
+        else:
+            left = "" if evaluated else f" · {self._left(state)}"
+            self._console.print(f"step {state.global_step}/{state.max_steps} · {facts}{left}", highlight=False, soft_wrap=True)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; also after an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _left(self, state: Any) -> str:
+        done = state.global_step - self._first_step
+        if done <= 0:
+            return ""
+        return f"{duration((time.monotonic() - self._start) / done * (state.max_steps - state.global_step))} left"
+
+
+def final_table(summary: dict[str, Any], out_dir: Path, console: Console | None = None) -> None:
+    """The short table at the end: results, cost, and where things are."""
+    console = console or Console()
+    final = summary["metrics"]["final"]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, name in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
+        if key in final:
+            best = summary["metrics"]["best"].get(key, final[key])
+            table.add_row(name, f"{final[key]:.4f}" + (f"  (best {best:.4f})" if best < final[key] else ""))
+    if "eval_mean_token_accuracy" in final:
+        table.add_row("token accuracy", f"{final['eval_mean_token_accuracy']:.1%}")
+    if "verified_accuracy" in final:
+        table.add_row("verified answers", f"{final['verified_accuracy']:.0%}")
+    seconds = summary["seconds"]
+    speed = f", {amount(summary['tokens_per_second'])} tokens/s" if summary["tokens_per_second"] else ""
+    table.add_row("training", f"{summary['steps']} steps, {amount(summary['tokens'])} tokens in {duration(seconds.get('training', 0))}{speed}")
+    table.add_row("peak memory", f"{summary['peak_memory']['bytes'] / 2**30:.1f} GiB ({summary['peak_memory']['kind']})")
+    table.add_row("model", str(out_dir / "model"))
+    table.add_row("report", str(out_dir / "report.html"))
+    console.print(table)

@@ -1,0 +1,319 @@
+"""What a run records of itself: metrics, config, log, W&B, and the summary at its end.
+
+W&B is a mirror, never a condition: without a login it writes offline, and when its server does not answer in time the
+run goes on offline with one line that says so. `metrics.jsonl` is flushed at every event and is the record that counts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import netrc
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from hydratune.settings import RunSettings
+
+log = logging.getLogger("hydratune")
+
+_SECRET = re.compile(r"(?i)(^|_)(api_?key|password|passwd|secret|credentials?|(access|auth|hub|hf|user)_?token|token)$")
+_NOT_SECRET = re.compile(r"(?i)^(eos|pad|bos|unk|stop|sep|cls|mask)_token$")
+_PACKAGES = ("hydratune", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "wandb")
+_SECONDS_TO_CONNECT = 20
+_SECONDS_TO_UPLOAD = 60
+
+
+class PhaseClock:
+    """Seconds by phase: imports, data, model, training, evaluation, saving."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.started = time.time()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def redact(config: Any) -> Any:
+    """The config with the values of keys that look like secrets replaced by ***."""
+    if isinstance(config, dict):
+        return {
+            key: "***"
+            if isinstance(value, str) and _SECRET.search(str(key)) and not _NOT_SECRET.match(str(key))
+            else redact(value)
+            for key, value in config.items()
+        }
+    if isinstance(config, list):
+        return [redact(value) for value in config]
+    return config
+
+
+def write_config(out_dir: Path, resolved: dict[str, Any]) -> None:
+    (out_dir / "config.yaml").write_text(
+        yaml.safe_dump(redact(resolved), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+
+
+def setup_logging(out_dir: Path, debug: bool) -> None:
+    """Send the log of this package and the warnings of transformers to train.log; a resumed run appends."""
+    handler = logging.FileHandler(out_dir / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("hydratune", "transformers", "accelerate", "peft", "datasets"):
+        logger = logging.getLogger(name)
+        for old in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
+            logger.removeHandler(old)
+            old.close()
+        logger.addHandler(handler)
+    log.setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+class RunTracker:
+    """metrics.jsonl, samples.jsonl and W&B of one run.
+
+    Args:
+        settings: of the run; `tracking` says what W&B does.
+        out_dir: the run directory.
+        clock: whose start is the zero of `time` in metrics.jsonl.
+    """
+
+    def __init__(self, settings: RunSettings, out_dir: Path, clock: PhaseClock) -> None:
+        self._settings, self._out, self._clock = settings, out_dir, clock
+        self._wandb: Any = None
+
+    def start(self, extra_config: dict[str, Any] | None = None) -> None:
+        """Open the W&B run, unless tracking is off. Never fails and never waits for long."""
+        mode = os.environ.get("WANDB_MODE") or self._settings.tracking.wandb
+        if mode == "disabled":
+            return
+        import wandb
+
+        if mode == "auto":
+            mode = "online" if _has_login() else "offline"
+        try:
+            self._wandb = self._open(wandb, mode, extra_config)
+        except Exception as error:  # W&B raises many kinds; none of them may end a training run
+            if mode == "offline":
+                _say(f"W&B is off: {_first_line(error)}")
+                return
+            _say(f"W&B cannot be reached ({_first_line(error)}): this run is recorded offline")
+            mode = "offline"
+            try:
+                self._wandb = self._open(wandb, mode, extra_config)
+            except Exception as again:
+                _say(f"W&B is off: {_first_line(again)}")
+                return
+        if mode == "offline":
+            _say(f"W&B records offline; to upload: wandb sync {Path(self._wandb.dir).parent}")
+
+    def _open(self, wandb: Any, mode: str, extra_config: dict[str, Any] | None) -> Any:
+        settings, tracking = self._settings, self._settings.tracking
+        tags = [settings.algo, *(settings.choices.get(g) for g in ("model", "data", "peft")), *tracking.tags]
+        return wandb.init(
+            mode=mode,
+            dir=str(self._out),
+            project=tracking.project,
+            entity=tracking.entity,
+            group=tracking.group,
+            name=settings.run_name or self._out.name,
+            notes=tracking.notes,
+            tags=list(dict.fromkeys(tag for tag in tags if tag and tag != "none")),
+            config={**redact(settings.resolved), **(extra_config or {})},
+            reinit="finish_previous",
+            settings=wandb.Settings(
+                silent=True, console="off", save_code=False, disable_git=True, init_timeout=_SECONDS_TO_CONNECT,
+                login_timeout=_SECONDS_TO_CONNECT, finish_timeout=_SECONDS_TO_UPLOAD,
+            ),
+        )  # fmt: skip
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step=step)
+
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        """Keep sample completions: samples.jsonl, and a table in W&B."""
+        with (self._out / "samples.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if self._wandb is not None:
+            import wandb
+
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            table = wandb.Table(columns=columns, data=[[row.get(c) for c in columns] for row in rows])
+            self._wandb.log({"samples": table})
+
+    def finish(self, status: str, summary: dict[str, Any]) -> None:
+        """Close the W&B run with the summary; a failed upload is a line, not an error."""
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.summary.update({k: v for k, v in summary.items() if k not in ("command", "versions")})
+            if status != "completed":
+                self._wandb.tags = (*self._wandb.tags, status)
+            self._wandb.finish(exit_code=0 if status in ("completed", "pruned") else 1)
+        except Exception as error:
+            _say(f"W&B did not take the end of the run: {_first_line(error)}")
+        self._wandb = None
+
+    def callback(self) -> Any:
+        """The `transformers.TrainerCallback` that writes every log event of the main process."""
+        from transformers import TrainerCallback
+
+        tracker = self
+
+        class _Metrics(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.is_world_process_zero:
+                    keep_until(tracker._out / "metrics.jsonl", state.global_step)
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+                if state.is_world_process_zero and logs:
+                    tracker._record(dict(logs), state)
+
+        return _Metrics()
+
+    def _record(self, logs: dict[str, Any], state: Any) -> None:
+        metrics = {k: float(v) if hasattr(v, "item") else v for k, v in logs.items() if k != "epoch"}
+        event = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 4)}
+        event |= {"time": round(time.time() - self._clock.started, 3)}
+        event |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        with (self._out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+        self.log({**metrics, "epoch": event["epoch"]}, state.global_step)
+
+
+def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
+    """The events of metrics.jsonl; a torn last line is left out."""
+    path = out_dir / "metrics.jsonl"
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    return events
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop events after the step that a run starts from, which it will record again."""
+    if path.is_file():
+        kept = [e for e in read_metrics(path.parent) if e.get("step", 0) <= step and (step or "loss" not in e)]
+        path.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
+
+
+def collect_summary(
+    settings: RunSettings, out_dir: Path, clock: PhaseClock, *, status: str, trainer: Any = None
+) -> dict[str, Any]:
+    """The facts of a run for summary.json.
+
+    Returns:
+        run_name, status (completed, pruned, failed, interrupted), algo, model, data, peft (entries picked),
+        objective {name, value}, metrics {final, best}, steps, tokens, seconds {phase: s}, tokens_per_second (over
+        training), peak_memory {bytes, kind: "cuda" or "host"}, seed, device, versions, git_commit, command, started.
+    """
+    events = read_metrics(out_dir)
+    final: dict[str, float] = {}
+    best: dict[str, float] = {}
+    for event in events:
+        for key, value in event.items():
+            if key in ("step", "epoch", "time") or not isinstance(value, int | float):
+                continue
+            final[key] = value
+            better = min if key.endswith("loss") else max
+            if key.endswith(("loss", "accuracy")):
+                best[key] = better(best.get(key, value), value)
+    name = settings.objective or ("eval_loss" if "eval_loss" in final else "loss")
+    training = clock.seconds.get("training", 0.0)
+    tokens = getattr(trainer, "num_tokens", 0)
+    device, peak = _device_and_peak()
+    return {
+        "run_name": settings.run_name or out_dir.name,
+        "status": status,
+        "algo": settings.algo,
+        **{group: settings.choices.get(group) for group in ("model", "data", "peft")},
+        "objective": {"name": name, "value": final.get(name)},
+        "metrics": {"final": final, "best": best},
+        "steps": trainer.state.global_step if trainer is not None else 0,
+        "tokens": tokens,
+        "seconds": {k: round(v, 3) for k, v in clock.seconds.items()},
+        "tokens_per_second": round(tokens / training, 1) if training and tokens else None,
+        "peak_memory": peak,
+        "seed": settings.seed,
+        "device": device,
+        "versions": {"python": sys.version.split()[0], **{p: v for p in _PACKAGES if (v := _version(p))}},
+        "git_commit": _git_commit(),
+        "command": settings.command,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(clock.started)),
+    }
+
+
+def write_summary(out_dir: Path, summary: dict[str, Any]) -> None:
+    """summary.json, replaced whole or not at all."""
+    part = out_dir / "summary.json.part"
+    part.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(out_dir / "summary.json")
+
+
+def _device_and_peak() -> tuple[str, dict[str, Any]]:
+    import platform
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(), {"bytes": torch.cuda.max_memory_allocated(), "kind": "cuda"}
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)", {"bytes": peak, "kind": "host"}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _has_login() -> bool:
+    """Whether W&B has an API key here; nothing is asked over the network."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _say(line: str) -> None:
+    log.info(line)
+    print(line, file=sys.stderr)
