@@ -15,7 +15,7 @@ from typing import Any
 from hydratune import checks
 from hydratune.errors import Interrupted, TrainingFailed, UserError, Violation
 from hydratune.settings import RunSettings
-from hydratune.tracking import PhaseClock, RunTracker, collect_summary, setup_logging, write_config, write_summary
+from hydratune.tracking import PhaseClock, RunTracker, collect_summary, quiet_libraries, setup_logging, write_config, write_summary
 
 log = logging.getLogger("hydratune")
 _VERIFIED_ROWS = 64  # held-out rows of a built-in data set that are completed and verified at the end
@@ -67,6 +67,7 @@ def prepare(settings: RunSettings, clock: PhaseClock) -> Job:
         from hydratune.models import load_tokenizer, recipe_from, weights_dtype
 
         attention.register()
+        quiet_libraries()
     device = checks.device_facts()
     findings = checks.check_device(settings, device)
     findings.raise_if_any()
@@ -117,6 +118,7 @@ def _arguments(settings: RunSettings, device: checks.DeviceFacts) -> Any:
                 "seed": settings.seed,
                 "report_to": [],
                 "disable_tqdm": True,
+                "dataloader_pin_memory": device.kind == "cuda",
                 "run_name": settings.run_name,
                 **options,
                 **({} if checks.evaluates(settings) else {"eval_strategy": "no"}),

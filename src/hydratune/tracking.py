@@ -82,6 +82,18 @@ def setup_logging(out_dir: Path, debug: bool) -> None:
             old.close()
         logger.addHandler(handler)
     log.setLevel(logging.DEBUG if debug else logging.INFO)
+    log.propagate = False  # what the console shows is said once, by progress and by _say
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' bars and warnings off the console: warnings go to train.log, our progress shows the rest."""
+    import datasets
+    import transformers
+
+    transformers.logging.disable_default_handler()
+    transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 class RunTracker:
