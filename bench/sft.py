@@ -43,7 +43,8 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def rows(options: argparse.Namespace):
+def rows(options: argparse.Namespace, tokenizer):
+    """Conversations of at most `max_length` tokens, so that no arm truncates (TRL does not without padding)."""
     from datasets import Dataset
 
     if options.data is None:
@@ -51,7 +52,9 @@ def rows(options: argparse.Namespace):
 
         return Dataset.from_list([{"messages": row["messages"]} for row in arithmetic(options.rows, seed=0)])
     with Path(options.data).open(encoding="utf-8") as lines:
-        return Dataset.from_list([json.loads(line) for line, _ in zip(lines, range(options.rows), strict=False)])
+        found = [{"messages": json.loads(line)["messages"]} for line, _ in zip(lines, range(4 * options.rows), strict=False)]
+    short = (r for r in found if len(tokenizer.apply_chat_template(r["messages"], return_dict=False)) <= options.max_length)
+    return Dataset.from_list([row for row, _ in zip(short, range(options.rows), strict=False)])
 
 
 def one_arm(options: argparse.Namespace) -> dict[str, float]:
@@ -87,11 +90,11 @@ def one_arm(options: argparse.Namespace) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         args = trainers.SFTConfig(
             output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.batch, logging_steps=1,
-            save_strategy="no", report_to=[], max_length=options.max_length, learning_rate=1e-3, seed=0,
-            disable_tqdm=True, **settings,
+            save_strategy="no", report_to=[], max_length=None, learning_rate=1e-3, seed=0,
+            disable_tqdm=True, use_cpu=device == "cpu", **settings,
         )  # fmt: skip
         trainer = trainers.SFTTrainer(
-            model=model, args=args, train_dataset=rows(options), processing_class=tokenizer, callbacks=[Clock()], **peft
+            model=model, args=args, train_dataset=rows(options, tokenizer), processing_class=tokenizer, callbacks=[Clock()], **peft
         )
         watched = next(p for p in trainer.model.parameters() if p.requires_grad)
         before = watched.detach().clone()

@@ -118,6 +118,7 @@ def _arguments(settings: RunSettings, device: checks.DeviceFacts) -> Any:
                 "seed": settings.seed,
                 "report_to": [],
                 "disable_tqdm": True,
+                "use_cpu": device.kind == "cpu",
                 "dataloader_pin_memory": device.kind == "cuda",
                 "run_name": settings.run_name,
                 **options,
