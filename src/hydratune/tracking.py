@@ -87,9 +87,12 @@ def setup_logging(out_dir: Path, debug: bool) -> None:
 
 def quiet_libraries() -> None:
     """Keep the libraries' bars and warnings off the console: warnings go to train.log, our progress shows the rest."""
+    import warnings
+
     import datasets
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and peft, nothing for the user
     transformers.logging.disable_default_handler()
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():

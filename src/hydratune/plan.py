@@ -1,0 +1,153 @@
+"""What a run is going to do, shown before it does it: algorithm, rows, an example, steps, and memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from hydratune import memory
+from hydratune.data.tokenize import render_example
+from hydratune.progress import amount
+from hydratune.settings import RunSettings
+
+_MOST_CHARACTERS = 1200
+
+
+@dataclass
+class Plan:
+    """The facts of a run to come; memory in bytes."""
+
+    facts: dict[str, str]
+    example: list[tuple[str, bool]]
+    steps: int
+    tokens_per_epoch: int | None
+    parameters: int
+    trained_parameters: int
+    estimate: memory.MemoryEstimate
+    available: int
+    changes: list[memory.Change]
+    warnings: list[str]
+    needs_checkpointing: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for W&B."""
+        return {
+            "facts": self.facts,
+            "steps": self.steps,
+            "tokens_per_epoch": self.tokens_per_epoch,
+            "parameters": self.parameters,
+            "trained_parameters": self.trained_parameters,
+            "estimated_peak_bytes": self.estimate.total,
+        }
+
+
+def make(
+    settings: RunSettings,
+    *,
+    args: Any,
+    tokenizer: Any,
+    outline: Any,
+    recipe: Any,
+    train: Any,
+    reports: dict[str, Any],
+    device: Any,
+    warnings: list[str],
+) -> Plan:
+    """The plan of a run from what is known before its weights are loaded.
+
+    Args:
+        outline: the model on the meta device; it is given the recipe's adapter here.
+        train: the tokenised (and packed) training rows, or a stream of them.
+        reports: split → `DataReport`.
+        device: `checks.DeviceFacts`.
+    """
+    import torch
+
+    from hydratune import adapters
+
+    if recipe.peft_config is not None:
+        with torch.device("meta"):
+            outline = adapters.wrap(outline, recipe.peft_config)
+    report = reports["train"]
+    rows = len(train) if hasattr(train, "__len__") else None
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * device.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil((rows or 0) / per_step) * args.num_train_epochs)
+    length = args.max_length if report.blocks or not report.longest else report.longest
+    load = memory.load_of(
+        outline, args, width=recipe.dtype.itemsize, length=length or 1024, device=device.kind,
+        quantization=settings.model.quantization,
+    )  # fmt: skip
+    checkpointing = args.auto_checkpointing and device.kind == "cuda" and memory.needs_checkpointing(load, device.total_bytes)
+    if checkpointing:
+        load = memory.replace(load, checkpointing=True)
+    made = memory.estimate(load)
+    fits = memory.fits(made, device.total_bytes)
+    share = load.trained / load.parameters
+    facts = {
+        "algorithm": settings.algo,
+        "model": f"{settings.choices.get('model') or settings.model.name_or_path}, {amount(load.parameters)} parameters, "
+        f"{amount(load.trained)} trainable ({share:.2%})",
+        "adapter": (settings.peft or {}).get("type") or "none",
+        "device": f"{device.name}, weights {str(recipe.dtype).removeprefix('torch.')}"
+        + (", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""),
+        "attention": recipe.attn_implementation,
+    }
+    for split, made_of in reports.items():
+        facts[f"{split} rows"] = "\n".join(made_of.lines()) if made_of.rows else "a stream"
+    facts["steps"] = f"{steps:,} of {per_step} rows each, lr {args.learning_rate:g}, {args.lr_scheduler_type.value}"
+    facts["memory"] = f"about {memory.size(made.total)} at its peak ({', '.join(made.lines()[:-1])}); " + (
+        f"fits {memory.size(device.total_bytes)}" if fits else f"does not fit {memory.size(device.total_bytes)}"
+    )
+    return Plan(
+        facts=facts,
+        example=render_example(next(iter(train)), tokenizer),
+        steps=steps,
+        tokens_per_epoch=report.tokens or None,
+        parameters=load.parameters,
+        trained_parameters=load.trained,
+        estimate=made,
+        available=device.total_bytes,
+        changes=[] if fits else memory.smallest_changes(load, device.total_bytes),
+        warnings=warnings,
+        needs_checkpointing=checkpointing,
+    )
+
+
+def render(plan: Plan, *, colour: bool) -> Group:
+    """The plan as a table, the first example with its trained tokens marked, and warnings.
+
+    Without colour the trained tokens stand in ⟦ ⟧.
+    """
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, fact in plan.facts.items():
+        table.add_row(name, Text(str(fact)))
+    for change in plan.changes:
+        table.add_row("would fit with", Text(f"{change.overrides}  ({memory.size(change.estimate.total)})"))
+    example = Text()
+    left = _MOST_CHARACTERS
+    for piece, trained in plan.example:
+        shown = piece if len(piece) <= left else piece[:left] + f" … ({len(piece) - left:,} characters more)"
+        if colour:
+            example.append(shown, style="green" if trained else "dim")
+        else:
+            example.append(f"⟦{shown}⟧" if trained else shown)
+        left -= len(piece)
+        if left <= 0:
+            break
+    heading = Text("first row, trained tokens " + ("green" if colour else "in ⟦ ⟧"), style="bold")
+    warnings = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
+    return Group(table, Text(), heading, example, *([Text()] if warnings else []), *warnings)
+
+
+def show(plan: Plan, console: Console | None = None) -> None:
+    """Print the plan."""
+    console = console or Console(width=None if Console().is_terminal else 160)
+    console.print(render(plan, colour=console.is_terminal and not console.no_color))
+    console.print()

@@ -1,0 +1,183 @@
+"""The report of a run: one self-contained page and one picture, made from the run directory alone.
+
+Anything may be missing or torn: what is there is shown. Charts are inline SVG that takes the page's colours, so that the
+page reads well light and dark, without scripts and without a request to anywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from hydratune.progress import amount, duration
+from hydratune.tracking import read_metrics
+
+# title, unit of the axis, the series drawn together
+CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Loss", ("loss", "eval_loss")),
+    ("Token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy")),
+    ("Entropy (nats)", ("entropy", "eval_entropy")),
+    ("Learning rate", ("learning_rate",)),
+    ("Gradient norm", ("grad_norm",)),
+    ("Tokens per second", ("tokens_per_second",)),
+    ("Peak memory (GiB)", ("peak_memory_gib",)),
+)
+# drawn in these, then replaced by the page's variables, which change with light and dark
+_COLOURS = {"#123401": "var(--train)", "#123402": "var(--eval)", "#123403": "var(--ink-2)", "#123404": "var(--line)"}
+_TRAIN, _EVAL, _INK, _LINE = _COLOURS
+
+
+def write_report(out_dir: Path) -> None:
+    """Write report.html and curves.png from metrics.jsonl, summary.json, config.yaml and samples.jsonl."""
+    events = read_metrics(out_dir)
+    summary = _json(out_dir / "summary.json")
+    charts = [(title, series) for title, names in CHARTS if (series := _series(events, names))]
+    page = Environment(loader=PackageLoader("hydratune"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html = page.get_template("report.html.j2").render(
+        summary=summary,
+        name=summary.get("run_name") or out_dir.name,
+        headline=_headline(summary),
+        charts=[(title, Markup(_svg(title, series, i))) for i, (title, series) in enumerate(charts)],
+        samples=_samples(out_dir / "samples.jsonl"),
+        config=list(_flat(_yaml(out_dir / "config.yaml"))),
+        seconds=[(phase, duration(s)) for phase, s in (summary.get("seconds") or {}).items()],
+    )
+    (out_dir / "report.html").write_text(html, encoding="utf-8")
+    _picture(charts, out_dir / "curves.png")
+
+
+def _series(events: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, tuple[list[float], list[float]]]:
+    found = {}
+    for name in names:
+        points = [(e["step"], e[name]) for e in events if isinstance(e.get(name), int | float) and "step" in e]
+        if points:
+            found[name] = ([p[0] for p in points], [p[1] for p in points])
+    return found
+
+
+def _draw(axes: Any, series: dict[str, tuple[list[float], list[float]]], colours: tuple[str, str, str, str]) -> None:
+    train, evaluation, ink, line = colours
+    for name, (steps, values) in series.items():
+        is_eval = name.startswith("eval_")
+        axes.plot(
+            steps, values, color=evaluation if is_eval else train, linewidth=1.6, label="evaluation" if is_eval else "training",
+            marker="o" if is_eval or len(steps) == 1 else None, markersize=4,
+        )  # fmt: skip
+    axes.grid(axis="y", color=line, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(line)
+    axes.tick_params(colors=ink, labelsize=8, length=0)
+    axes.locator_params(axis="y", nbins=5)
+    axes.margins(x=0.02)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8, labelcolor=ink)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(title: str, series: dict[str, tuple[list[float], list[float]]], number: int) -> str:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{title}{number}", "font.family": "sans-serif"}):
+        figure = _figure(5.2, 2.5)
+        figure.patch.set_alpha(0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0)
+        _draw(axes, series, (_TRAIN, _EVAL, _INK, _LINE))
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'(?<=id=")([^"]+)', rf"c{number}-\1", text)
+    text = re.sub(r'(?<=xlink:href="#)([^"]+)', rf"c{number}-\1", text)
+    text = re.sub(r"(?<=url\(#)([^)]+)", rf"c{number}-\1", text)
+    text = re.sub(r'width="[^"]*pt" height="[^"]*pt"|height="[^"]*pt"|width="[^"]*pt"', "", text, count=2)
+    for drawn, variable in _COLOURS.items():
+        text = text.replace(drawn, variable)
+    return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+
+
+def _picture(charts: list[tuple[str, Any]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    shown = charts[:6]
+    rows = max(1, (len(shown) + 1) // 2)
+    figure = _figure(10, 2.6 * rows)
+    for i, (title, series) in enumerate(shown):
+        axes = figure.add_subplot(rows, 2, i + 1)
+        _draw(axes, series, ("#2f6fde", "#d9572b", "#555555", "#dddddd"))
+        axes.set_title(title, fontsize=10, loc="left")
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _headline(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    metrics = summary.get("metrics") or {}
+    final, best = metrics.get("final") or {}, metrics.get("best") or {}
+    shown = []
+    for key, name in (("eval_loss", "evaluation loss"), ("loss", "training loss")):
+        if key in final:
+            shown.append((name, f"{final[key]:.4f}" + (f" (best {best[key]:.4f})" if best.get(key, final[key]) < final[key] else "")))
+    if "eval_mean_token_accuracy" in final:
+        shown.append(("token accuracy", f"{final['eval_mean_token_accuracy']:.1%}"))
+    if "verified_accuracy" in final:
+        shown.append(("verified answers", f"{final['verified_accuracy']:.0%}"))
+    if "steps" in summary:
+        shown.append(("steps", f"{summary['steps']:,}"))
+    if summary.get("tokens"):
+        shown.append(("tokens", amount(summary["tokens"])))
+    if summary.get("tokens_per_second"):
+        shown.append(("tokens/s", amount(summary["tokens_per_second"])))
+    if (summary.get("seconds") or {}).get("training"):
+        shown.append(("training time", duration(summary["seconds"]["training"])))
+    if (summary.get("peak_memory") or {}).get("bytes"):
+        shown.append(("peak memory", f"{summary['peak_memory']['bytes'] / 2**30:.1f} GiB"))
+    return shown
+
+
+def _flat(value: Any, prefix: str = "") -> Any:
+    """Nested settings as dotted keys with their values."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    elif prefix:
+        yield prefix, "" if value is None else json.dumps(value, ensure_ascii=False, default=str).strip('"')
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError):
+        return {}
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict)]
