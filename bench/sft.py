@@ -28,7 +28,9 @@ ARMS = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", help="jsonl with messages; default: the built-in arithmetic rows")
     parser.add_argument("--tokenizer", default="byte")
     parser.add_argument("--rows", type=int, default=128)
@@ -52,8 +54,15 @@ def rows(options: argparse.Namespace, tokenizer):
 
         return Dataset.from_list([{"messages": row["messages"]} for row in arithmetic(options.rows, seed=0)])
     with Path(options.data).open(encoding="utf-8") as lines:
-        found = [{"messages": json.loads(line)["messages"]} for line, _ in zip(lines, range(4 * options.rows), strict=False)]
-    short = (r for r in found if len(tokenizer.apply_chat_template(r["messages"], return_dict=False)) <= options.max_length)
+        found = [
+            {"messages": json.loads(line)["messages"]}
+            for line, _ in zip(lines, range(4 * options.rows), strict=False)
+        ]
+    short = (
+        r
+        for r in found
+        if len(tokenizer.apply_chat_template(r["messages"], return_dict=False)) <= options.max_length
+    )
     return Dataset.from_list([row for row, _ in zip(short, range(options.rows), strict=False)])
 
 
@@ -94,7 +103,12 @@ def one_arm(options: argparse.Namespace) -> dict[str, float]:
             disable_tqdm=True, use_cpu=device == "cpu", **settings,
         )  # fmt: skip
         trainer = trainers.SFTTrainer(
-            model=model, args=args, train_dataset=rows(options, tokenizer), processing_class=tokenizer, callbacks=[Clock()], **peft
+            model=model,
+            args=args,
+            train_dataset=rows(options, tokenizer),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+            **peft,
         )
         watched = next(p for p in trainer.model.parameters() if p.requires_grad)
         before = watched.detach().clone()
@@ -103,7 +117,11 @@ def one_arm(options: argparse.Namespace) -> dict[str, float]:
     assert all(float(entry["grad_norm"]) > 0 for entry in logs), "no gradient"
     assert not torch.equal(before, watched), "parameters did not move"
     tokens = logs[-1]["num_tokens"] - logs[1]["num_tokens"]
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = (
+        torch.cuda.max_memory_allocated()
+        if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
     return {
         "tokens_per_second": tokens / (times[-1] - times[1]),
         "peak_mib": memory / 2**20,
@@ -129,7 +147,9 @@ def main() -> None:
     results: dict[str, list[dict]] = {arm: [] for arm in ARMS}
     for _ in range(options.rounds):
         for arm in ARMS:
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--arm", arm], capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:], "--arm", arm], capture_output=True, text=True
+            )
             if done.returncode:
                 sys.exit(f"{arm} failed:\n{done.stderr[-3000:]}")
             results[arm].append(json.loads(done.stdout.splitlines()[-1]))

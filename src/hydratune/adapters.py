@@ -61,14 +61,21 @@ def wrap(model: Any, config: Any) -> Any:
 
     if isinstance(model, PeftModel):
         raise UserError(
-            Violation("peft", config.peft_type, "the model already carries an adapter", "merge that one first, or set peft=none")
+            Violation(
+                "peft",
+                config.peft_type,
+                "the model already carries an adapter",
+                "merge that one first, or set peft=none",
+            )
         )
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
         return get_peft_model(model, copy.deepcopy(config))
     except ValueError as error:
-        leaves = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
+        leaves = sorted(
+            {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        )
         raise UserError(
             Violation(
                 "peft.target_modules",
@@ -86,7 +93,10 @@ def find_adapter(source: str | Path) -> Path:
             return candidate
     raise UserError(
         Violation(
-            "adapter", str(source), "no adapter_config.json here or in its model/ folder", "give a run directory or a saved adapter"
+            "adapter",
+            str(source),
+            "no adapter_config.json here or in its model/ folder",
+            "give a run directory or a saved adapter",
         )
     )
 
@@ -116,7 +126,12 @@ def merge_adapter(source: str | Path, target: str | Path, *, dtype: torch.dtype 
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            Violation("base_model_name_or_path", base, "the adapter's base model is not to be had", str(error).splitlines()[0])
+            Violation(
+                "base_model_name_or_path",
+                base,
+                "the adapter's base model is not to be had",
+                str(error).splitlines()[0],
+            )
         ) from error
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     model.save_pretrained(target)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +21,15 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
 NAME = "hydratune_varlen"
-_EXACT = {"sdpa", "eager", "flex_attention", NAME, "flash_attention_2", "flash_attention_3", "flash_attention_4"}
+_EXACT = {
+    "sdpa",
+    "eager",
+    "flex_attention",
+    NAME,
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+}
 
 
 def register() -> None:
@@ -78,7 +87,13 @@ def _mask(
     if attention_mask is None and q_length == kv_length and not args:
         return None
     return sdpa_mask(
-        batch_size, q_length, kv_length, *args, mask_function=mask_function, attention_mask=attention_mask, **kwargs
+        batch_size,
+        q_length,
+        kv_length,
+        *args,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
     )
 
 
@@ -98,7 +113,9 @@ def _attend(
         ValueError: the layer has a sliding window or caps its logits; `choose` does not offer this backend then.
     """
     if kwargs.get("sliding_window") is not None or kwargs.get("softcap") is not None:
-        raise ValueError(f"{NAME} has neither sliding windows nor capped logits: use sdpa, eager or flex_attention")
+        raise ValueError(
+            f"{NAME} has neither sliding windows nor capped logits: use sdpa, eager or flex_attention"
+        )
     boundaries = kwargs.get("cu_seq_lens_q")
     alone = attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1
     if boundaries is None and alone:
@@ -107,7 +124,12 @@ def _attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout and _varlen() is not None:
+    if (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and not dropout
+        and _varlen() is not None
+    ):
         return _torch_varlen(query, key, value, boundaries, kwargs.get("max_length_q"), scaling), None
     edges = boundaries.tolist()
     parts = [
@@ -120,7 +142,7 @@ def _attend(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        for start, end in zip(edges[:-1], edges[1:], strict=True)
+        for start, end in pairwise(edges)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 

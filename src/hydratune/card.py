@@ -15,12 +15,19 @@ def write_card(model_dir: Path, out_dir: Path) -> None:
     config = yaml.safe_load((out_dir / "config.yaml").read_text(encoding="utf-8")) or {}
     adapter = (model_dir / "adapter_config.json").is_file()
     base = (config.get("model") or {}).get("name_or_path")
-    front: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": ["hydratune", summary["algo"]]}
+    front: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "tags": ["hydratune", summary["algo"]],
+    }
     if base and not Path(base).is_absolute() and not Path(base).exists():
         front["base_model"] = base  # a hub id; a local directory means nothing to a reader
     shown = base if base is None or "base_model" in front else Path(base).name
     metrics = summary["metrics"]
-    results = [f"| {k} | {v:.4g} |" for k, v in metrics["final"].items() if k.endswith(("loss", "accuracy", "entropy"))]
+    results = [
+        f"| {k} | {v:.4g} |"
+        for k, v in metrics["final"].items()
+        if k.endswith(("loss", "accuracy", "entropy"))
+    ]
     chosen = {**(config.get("trainer") or {}), **(config.get("algo") or {}), **(config.get("peft") or {})}
     settings = [f"| {k} | {v} |" for k, v in chosen.items() if isinstance(v, str | int | float | bool)]
     load = (

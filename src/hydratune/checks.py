@@ -95,7 +95,11 @@ def check_model(outline: Any, peft: dict[str, Any] | None, tokenizer: Any, setti
 def evaluates(settings: RunSettings) -> bool:
     """Whether there will be evaluation rows."""
     data = settings.data
-    return bool(data.eval_path or data.eval_split or (data.eval_fraction and (not data.streaming or data.max_eval_samples)))
+    return bool(
+        data.eval_path
+        or data.eval_split
+        or (data.eval_fraction and (not data.streaming or data.max_eval_samples))
+    )
 
 
 # ------------------------------------------------------------------ values alone
@@ -108,11 +112,23 @@ def _packs(settings: RunSettings) -> str | None:
 def _model_is_named(settings: RunSettings) -> Iterator[Problem]:
     model = settings.model
     if not model.name_or_path and not model.architecture:
-        yield Violation("model.name_or_path", None, "no model is given", "set model.name_or_path=DIR or a hub id, or pick model=tiny")
+        yield Violation(
+            "model.name_or_path",
+            None,
+            "no model is given",
+            "set model.name_or_path=DIR or a hub id, or pick model=tiny",
+        )
     if model.architecture is not None and not model.architecture.get("model_type"):
-        yield Violation("model.architecture", None, "names no model_type", "add model.architecture.model_type, e.g. qwen2")
+        yield Violation(
+            "model.architecture", None, "names no model_type", "add model.architecture.model_type, e.g. qwen2"
+        )
     if model.architecture is not None and not model.tokenizer:
-        yield Violation("model.tokenizer", None, "a model with random weights has no tokenizer of its own", "set model.tokenizer=byte, or a directory")
+        yield Violation(
+            "model.tokenizer",
+            None,
+            "a model with random weights has no tokenizer of its own",
+            "set model.tokenizer=byte, or a directory",
+        )
 
 
 def _model_directory_holds_a_model(settings: RunSettings) -> Iterator[Problem]:
@@ -124,7 +140,9 @@ def _model_directory_holds_a_model(settings: RunSettings) -> Iterator[Problem]:
         fix = f"merge the adapter first: hydratune merge {folder} MERGED, then model.name_or_path=MERGED"
     else:
         fix = "give the folder that save_pretrained wrote"
-    yield Violation("model.name_or_path", str(folder), f"the directory holds no config.json (found: {found})", fix)
+    yield Violation(
+        "model.name_or_path", str(folder), f"the directory holds no config.json (found: {found})", fix
+    )
 
 
 def _data_is_named(settings: RunSettings) -> Iterator[Problem]:
@@ -143,32 +161,66 @@ def _streaming_has_an_end(settings: RunSettings) -> Iterator[Problem]:
 def _packing_has_a_length(settings: RunSettings) -> Iterator[Problem]:
     options = settings.algo_options
     if options.get("packing") and "max_length" in options and options["max_length"] is None:
-        yield Violation("algo.packing", True, "algo.max_length is null, and a block needs a length", "set algo.max_length, or algo.packing=false")
+        yield Violation(
+            "algo.packing",
+            True,
+            "algo.max_length is null, and a block needs a length",
+            "set algo.max_length, or algo.packing=false",
+        )
     if options.get("max_length") is not None and options.get("max_length", 2) < 2:
-        yield Violation("algo.max_length", options["max_length"], "leaves no token to predict", "give 2 or more, or null")
+        yield Violation(
+            "algo.max_length", options["max_length"], "leaves no token to predict", "give 2 or more, or null"
+        )
     if options.get("packing") and (options.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
-        yield Violation("algo.packing", True, "skip_prepare_dataset leaves rows as they are, unpacked", "drop one of the two")
+        yield Violation(
+            "algo.packing",
+            True,
+            "skip_prepare_dataset leaves rows as they are, unpacked",
+            "drop one of the two",
+        )
 
 
 def _packing_is_exact(settings: RunSettings) -> Iterator[Problem]:
     name, kind = settings.model.attn_implementation, _packs(settings)
     known = ("auto", "sdpa", "eager", "flex_attention", "hydratune_varlen")
     if kind and name not in known and "flash_attention" not in name:
-        yield Violation("model.attn_implementation", name, f"is not known to keep documents apart, which algo.{kind} needs", "set it to auto")
+        yield Violation(
+            "model.attn_implementation",
+            name,
+            f"is not known to keep documents apart, which algo.{kind} needs",
+            "set it to auto",
+        )
 
 
 def _adapter_fits_packing(settings: RunSettings) -> Iterator[Problem]:
     kind = (settings.peft or {}).get("type")
-    if kind in ("prompt_tuning", "prefix_tuning", "p_tuning", "multitask_prompt_tuning", "cpt") and (packs := _packs(settings)):
-        yield Violation(f"algo.{packs}", True, f"{kind} puts its tokens before a row, not before each packed document", "turn it off, or use peft=lora")
+    if kind in ("prompt_tuning", "prefix_tuning", "p_tuning", "multitask_prompt_tuning", "cpt") and (
+        packs := _packs(settings)
+    ):
+        yield Violation(
+            f"algo.{packs}",
+            True,
+            f"{kind} puts its tokens before a row, not before each packed document",
+            "turn it off, or use peft=lora",
+        )
 
 
 def _loss_fits_rows(settings: RunSettings) -> Iterator[Problem]:
     options, form = settings.algo_options, settings.data.format
     if options.get("completion_only_loss") and form in ("text", "messages", "sharegpt"):
-        yield Violation("algo.completion_only_loss", True, f"data.format={form} has no prompt and completion", "give prompt/completion rows (a data.formatting_func may return them), or drop the flag")
+        yield Violation(
+            "algo.completion_only_loss",
+            True,
+            f"data.format={form} has no prompt and completion",
+            "give prompt/completion rows (a data.formatting_func may return them), or drop the flag",
+        )
     if options.get("assistant_only_loss") and form == "text":
-        yield Violation("algo.assistant_only_loss", True, "data.format=text has no assistant's turns", "give messages, or drop the flag")
+        yield Violation(
+            "algo.assistant_only_loss",
+            True,
+            "data.format=text has no assistant's turns",
+            "give messages, or drop the flag",
+        )
 
 
 def _evaluation_has_rows(settings: RunSettings) -> Iterator[Problem]:
@@ -177,7 +229,12 @@ def _evaluation_has_rows(settings: RunSettings) -> Iterator[Problem]:
     options = settings.algo_options
     for key in ("load_best_model_at_end", "metric_for_best_model"):
         if options.get(key):
-            yield Violation(f"trainer.{key}", options[key], "there are no evaluation rows", "set data.eval_path, data.eval_split or data.eval_fraction")
+            yield Violation(
+                f"trainer.{key}",
+                options[key],
+                "there are no evaluation rows",
+                "set data.eval_path, data.eval_split or data.eval_fraction",
+            )
     if str(options.get("eval_strategy", "no")) != "no":
         yield "there are no evaluation rows (data.eval_fraction=0): nothing is evaluated"
 
@@ -188,17 +245,39 @@ def _best_model_matches(settings: RunSettings) -> Iterator[Problem]:
     if not options.get("load_best_model_at_end") or saving == "best":
         return
     if evaluation != saving:
-        yield Violation("trainer.load_best_model_at_end", True, f"evaluation is by {evaluation}, saving by {saving}", f"set trainer.save_strategy={evaluation}")
-    elif evaluation == "steps" and options.get("save_steps", 500) % (options.get("eval_steps") or options.get("logging_steps", 10)):
-        yield Violation("trainer.save_steps", options.get("save_steps", 500), "is no multiple of trainer.eval_steps, so the best step may not be saved", "make it one")
+        yield Violation(
+            "trainer.load_best_model_at_end",
+            True,
+            f"evaluation is by {evaluation}, saving by {saving}",
+            f"set trainer.save_strategy={evaluation}",
+        )
+    elif evaluation == "steps" and options.get("save_steps", 500) % (
+        options.get("eval_steps") or options.get("logging_steps", 10)
+    ):
+        yield Violation(
+            "trainer.save_steps",
+            options.get("save_steps", 500),
+            "is no multiple of trainer.eval_steps, so the best step may not be saved",
+            "make it one",
+        )
 
 
 def _quantisation_has_an_adapter(settings: RunSettings) -> Iterator[Problem]:
     kind = settings.model.quantization
     if kind and not settings.peft:
-        yield Violation("model.quantization", kind, "quantised weights cannot be trained themselves", "add an adapter: peft=qlora")
+        yield Violation(
+            "model.quantization",
+            kind,
+            "quantised weights cannot be trained themselves",
+            "add an adapter: peft=qlora",
+        )
     if kind and find_spec("bitsandbytes") is None:
-        yield Violation("model.quantization", kind, "the package bitsandbytes is not installed", 'pip install "hydratune[quant]"')
+        yield Violation(
+            "model.quantization",
+            kind,
+            "the package bitsandbytes is not installed",
+            'pip install "hydratune[quant]"',
+        )
 
 
 _OPTIMIZER_PACKAGES = (
@@ -211,15 +290,27 @@ def _optimizer_is_installed(settings: RunSettings) -> Iterator[Problem]:
     optim = str(settings.algo_options.get("optim", "adamw_torch_fused"))
     package = next((p for pattern, p in reversed(_OPTIMIZER_PACKAGES) if re.search(pattern, optim)), None)
     if package and find_spec(package) is None:
-        yield Violation("trainer.optim", optim, f"the package {package} is not installed", f"pip install {package.replace('_', '-')}, or leave trainer.optim out")
+        yield Violation(
+            "trainer.optim",
+            optim,
+            f"the package {package} is not installed",
+            f"pip install {package.replace('_', '-')}, or leave trainer.optim out",
+        )
 
 
 def _distribution_is_there(settings: RunSettings) -> Iterator[Problem]:
     options = settings.algo_options
     if options.get("deepspeed") and find_spec("deepspeed") is None:
-        yield Violation("trainer.deepspeed", None, "the package deepspeed is not installed", "pip install deepspeed")
+        yield Violation(
+            "trainer.deepspeed", None, "the package deepspeed is not installed", "pip install deepspeed"
+        )
     if options.get("fsdp") and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield Violation("trainer.fsdp", options["fsdp"], "there is one process, nothing can be sharded", "start it with: accelerate launch train.py …")
+        yield Violation(
+            "trainer.fsdp",
+            options["fsdp"],
+            "there is one process, nothing can be sharded",
+            "start it with: accelerate launch train.py …",
+        )
 
 
 def _precision_is_one(settings: RunSettings) -> Iterator[Problem]:
@@ -231,9 +322,21 @@ def _precision_is_one(settings: RunSettings) -> Iterator[Problem]:
 
 
 def _template_exists(settings: RunSettings) -> Iterator[Problem]:
-    for key, path in (("model", settings.model.chat_template_path), ("algo", settings.algo_options.get("chat_template_path"))):
-        if path and (path.endswith((".jinja", ".j2")) or re.match(r"[./~]", path)) and not Path(path).expanduser().exists():
-            yield Violation(f"{key}.chat_template_path", path, "there is no such file", "give an existing .jinja file, or a tokenizer")
+    for key, path in (
+        ("model", settings.model.chat_template_path),
+        ("algo", settings.algo_options.get("chat_template_path")),
+    ):
+        if (
+            path
+            and (path.endswith((".jinja", ".j2")) or re.match(r"[./~]", path))
+            and not Path(path).expanduser().exists()
+        ):
+            yield Violation(
+                f"{key}.chat_template_path",
+                path,
+                "there is no such file",
+                "give an existing .jinja file, or a tokenizer",
+            )
 
 
 def _function_can_be_found(settings: RunSettings) -> Iterator[Problem]:
@@ -249,7 +352,12 @@ def _function_can_be_found(settings: RunSettings) -> Iterator[Problem]:
 def _tracking_is_ours(settings: RunSettings) -> Iterator[Problem]:
     for key in ("report_to", "disable_tqdm"):
         if settings.algo_options.get(key):
-            yield Violation(f"trainer.{key}", settings.algo_options[key], "tracking and progress are the run's own", "use tracking=wandb, offline or none")
+            yield Violation(
+                f"trainer.{key}",
+                settings.algo_options[key],
+                "tracking and progress are the run's own",
+                "use tracking=wandb, offline or none",
+            )
 
 
 def _output_is_a_directory(settings: RunSettings) -> Iterator[Problem]:
@@ -264,15 +372,30 @@ def _learning_rate_is_sane(settings: RunSettings) -> Iterator[Problem]:
 
 
 _LOGGED = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
-_LOGGED_IN_TRAINING = (*_LOGGED, "grad_norm", "learning_rate", "tokens_per_second", "train_loss", "train_runtime")
+_LOGGED_IN_TRAINING = (
+    *_LOGGED,
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "train_loss",
+    "train_runtime",
+)
 
 
 def _objective_is_logged(settings: RunSettings) -> Iterator[Problem]:
     name = settings.objective
     evaluation = [f"eval_{m}" for m in _LOGGED] if evaluates(settings) else []
-    known = [*_LOGGED_IN_TRAINING, *evaluation, *(["verified_accuracy"] if settings.data.source == "builtin" else [])]
+    known = [
+        *_LOGGED_IN_TRAINING,
+        *evaluation,
+        *(["verified_accuracy"] if settings.data.source == "builtin" else []),
+    ]
     if name and name not in known:
-        why = "there are no evaluation rows" if name.startswith("eval_") and not evaluation else "no such metric is logged"
+        why = (
+            "there are no evaluation rows"
+            if name.startswith("eval_") and not evaluation
+            else "no such metric is logged"
+        )
         yield Violation("objective", name, why, f"{nearest(name, known)} (logged: {', '.join(known)})")
 
 
@@ -287,14 +410,29 @@ def _resume_goes_on_with_the_same(settings: RunSettings) -> Iterator[Problem]:
         yield Violation("resume", settings.resume, "there is no such directory", "give a run's directory")
         return
     if not folder.name.startswith("checkpoint-") and not list(folder.glob("checkpoints/checkpoint-*")):
-        yield Violation("resume", settings.resume, "holds no checkpoint", "start the run anew; trainer.save_steps says how often one is kept")
+        yield Violation(
+            "resume",
+            settings.resume,
+            "holds no checkpoint",
+            "start the run anew; trainer.save_steps says how often one is kept",
+        )
         return
     saved = run / "config.yaml"
     before = yaml.safe_load(saved.read_text(encoding="utf-8")) if saved.is_file() else {}
-    for section, key in (("algo", "name"), ("model", "name_or_path"), ("model", "architecture"), ("peft", "type")):
+    for section, key in (
+        ("algo", "name"),
+        ("model", "name_or_path"),
+        ("model", "architecture"),
+        ("peft", "type"),
+    ):
         old, new = ((c.get(section) or {}).get(key) for c in (before, settings.resolved))
         if before and old != new:
-            yield Violation(f"{section}.{key}", str(new), f"the run in {run} had {old}", "leave it as it was, or start a new run")
+            yield Violation(
+                f"{section}.{key}",
+                str(new),
+                f"the run in {run} had {old}",
+                "leave it as it was, or start a new run",
+            )
 
 
 _SETTINGS_RULES = [
@@ -324,14 +462,29 @@ def _attention_is_there(settings: RunSettings, device: DeviceFacts) -> Iterator[
     if "flash_attention" not in name:
         return
     if device.kind != "cuda":
-        yield Violation("model.attn_implementation", name, f"needs a CUDA GPU, here is {device.name}", "use model.attn_implementation=auto")
+        yield Violation(
+            "model.attn_implementation",
+            name,
+            f"needs a CUDA GPU, here is {device.name}",
+            "use model.attn_implementation=auto",
+        )
     elif name == "flash_attention_2" and not device.flash_attn:
-        yield Violation("model.attn_implementation", name, "the package flash-attn is not installed", 'pip install "hydratune[flash]", or use auto')
+        yield Violation(
+            "model.attn_implementation",
+            name,
+            "the package flash-attn is not installed",
+            'pip install "hydratune[flash]", or use auto',
+        )
 
 
 def _quantisation_has_a_gpu(settings: RunSettings, device: DeviceFacts) -> Iterator[Problem]:
     if settings.model.quantization and device.kind != "cuda":
-        yield Violation("model.quantization", settings.model.quantization, f"needs a CUDA GPU, here is {device.name}", "use peft=lora")
+        yield Violation(
+            "model.quantization",
+            settings.model.quantization,
+            f"needs a CUDA GPU, here is {device.name}",
+            "use peft=lora",
+        )
 
 
 _DEVICE_RULES = [_precision_is_supported, _attention_is_there, _quantisation_has_a_gpu]
@@ -357,10 +510,17 @@ _TOKENIZER_RULES = [_pad_is_not_eos, _vocabulary_is_covered]
 # ------------------------------------------------------------------ the model
 
 
-def _embeddings_hold_the_vocabulary(outline: Any, peft: Any, tokenizer: Any, settings: RunSettings) -> Iterator[Problem]:
+def _embeddings_hold_the_vocabulary(
+    outline: Any, peft: Any, tokenizer: Any, settings: RunSettings
+) -> Iterator[Problem]:
     rows = outline.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
-        yield Violation("model.tokenizer", settings.model.tokenizer, f"has {len(tokenizer)} tokens, the model embeds {rows}", "use the model's own tokenizer")
+        yield Violation(
+            "model.tokenizer",
+            settings.model.tokenizer,
+            f"has {len(tokenizer)} tokens, the model embeds {rows}",
+            "use the model's own tokenizer",
+        )
 
 
 def _positions_reach(outline: Any, peft: Any, tokenizer: Any, settings: RunSettings) -> Iterator[Problem]:
@@ -370,11 +530,15 @@ def _positions_reach(outline: Any, peft: Any, tokenizer: Any, settings: RunSetti
         yield f"algo.max_length={length} is longer than the {most} positions that the model was made for"
 
 
-def _modules_exist(outline: Any, peft: dict[str, Any] | None, tokenizer: Any, settings: RunSettings) -> Iterator[Problem]:
+def _modules_exist(
+    outline: Any, peft: dict[str, Any] | None, tokenizer: Any, settings: RunSettings
+) -> Iterator[Problem]:
     import torch
 
     names = [name for name, _ in outline.named_modules()]
-    linear = sorted({n.rsplit(".", 1)[-1] for n, m in outline.named_modules() if isinstance(m, torch.nn.Linear)})
+    linear = sorted(
+        {n.rsplit(".", 1)[-1] for n, m in outline.named_modules() if isinstance(m, torch.nn.Linear)}
+    )
     for key in ("target_modules", "modules_to_save"):
         wanted = (peft or {}).get(key)
         if not wanted or wanted == "all-linear":
@@ -388,20 +552,36 @@ def _modules_exist(outline: Any, peft: dict[str, Any] | None, tokenizer: Any, se
 
         missing = [p for p in patterns if not matches(p)]
         if missing:
-            yield Violation(f"peft.{key}", ", ".join(missing), "matches no module of this model", f"{nearest(missing[0], linear)} (there are: {', '.join(linear)}; or all-linear)")
+            yield Violation(
+                f"peft.{key}",
+                ", ".join(missing),
+                "matches no module of this model",
+                f"{nearest(missing[0], linear)} (there are: {', '.join(linear)}; or all-linear)",
+            )
 
 
-def _rank_is_low(outline: Any, peft: dict[str, Any] | None, tokenizer: Any, settings: RunSettings) -> Iterator[Problem]:
+def _rank_is_low(
+    outline: Any, peft: dict[str, Any] | None, tokenizer: Any, settings: RunSettings
+) -> Iterator[Problem]:
     rank, width = (peft or {}).get("r"), getattr(outline.config.get_text_config(), "hidden_size", None)
     if isinstance(rank, int) and width and rank > width:
         yield f"peft.r={rank} is above the model's width {width}: the adapter is larger than what it adapts"
 
 
-def _documents_can_be_kept_apart(outline: Any, peft: Any, tokenizer: Any, settings: RunSettings) -> Iterator[Problem]:
+def _documents_can_be_kept_apart(
+    outline: Any, peft: Any, tokenizer: Any, settings: RunSettings
+) -> Iterator[Problem]:
     config = outline.config.get_text_config()
-    stateful = "mamba" in str(config.model_type) or "linear_attention" in (getattr(config, "layer_types", None) or [])
+    stateful = "mamba" in str(config.model_type) or "linear_attention" in (
+        getattr(config, "layer_types", None) or []
+    )
     if stateful and (packs := _packs(settings)):
-        yield Violation(f"algo.{packs}", True, f"{config.model_type} carries a state across documents", f"set algo.{packs}=false")
+        yield Violation(
+            f"algo.{packs}",
+            True,
+            f"{config.model_type} carries a state across documents",
+            f"set algo.{packs}=false",
+        )
 
 
 _MODEL_RULES = [

@@ -22,7 +22,9 @@ def main() -> None:
 def merge(
     source: Annotated[Path, typer.Argument(help="A run directory, or a saved adapter.")],
     target: Annotated[Path, typer.Argument(help="Where the stand-alone model goes; a new directory.")],
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
+    ] = None,
 ) -> None:
     """Merge an adapter into its base model, saved so that plain transformers loads it."""
     import torch

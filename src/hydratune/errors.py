@@ -17,7 +17,13 @@ class Violation:
     fix: str
 
     def __str__(self) -> str:
-        shown = "" if self.value is None else f" = {self.value!r}" if isinstance(self.value, str) else f" = {self.value}"
+        shown = (
+            ""
+            if self.value is None
+            else f" = {self.value!r}"
+            if isinstance(self.value, str)
+            else f" = {self.value}"
+        )
         return f"{self.key}{shown}: {self.why}\n    → {self.fix}"
 
 

@@ -20,7 +20,9 @@ from torch import nn
 from hydratune.losses import token_loss
 
 IGNORED = -100
-_CPU_LOGIT_BYTES = 64 * 2**20  # larger blocks of logits fall out of the cache, smaller ones re-read the weight too often
+_CPU_LOGIT_BYTES = (
+    64 * 2**20
+)  # larger blocks of logits fall out of the cache, smaller ones re-read the weight too often
 _GPU_LOGIT_BYTES = 2 * 2**30
 _GPU_LEAST_ROWS = 4096
 
@@ -163,7 +165,9 @@ def linear_cross_entropy(
     return loss, Stats(count, entropy, correct) if want_stats else Stats(count)
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, loss_type: str, want_stats: bool) -> tuple[torch.Tensor, Stats]:
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, loss_type: str, want_stats: bool
+) -> tuple[torch.Tensor, Stats]:
     """The same from logits [N, V] that are there already: for heads that are not a plain linear layer."""
     every = torch.log_softmax(logits.double() if logits.dtype == torch.float64 else logits.float(), dim=-1)
     loss = token_loss(every.gather(1, targets[:, None]), loss_type).sum()
@@ -191,7 +195,9 @@ class FusedHead:
     loss_sum: torch.Tensor
     stats: Stats
 
-    def __init__(self, model: nn.Module, labels: torch.Tensor, loss_type: str = "nll", want_stats: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, labels: torch.Tensor, loss_type: str = "nll", want_stats: bool = False
+    ) -> None:
         from accelerate.utils import extract_model_from_parallel
 
         base = extract_model_from_parallel(model)
@@ -199,7 +205,9 @@ class FusedHead:
         self._head = base.get_output_embeddings()
         config = base.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
-        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         self._labels, self._loss_type, self._want_stats = labels, loss_type, want_stats
 
     def __enter__(self) -> FusedHead:

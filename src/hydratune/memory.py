@@ -13,7 +13,13 @@ from typing import Any
 
 from hydratune.fused_head import chunk_rows
 
-_ADAM_STATES = {"adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "adafactor": 1, "sgd": 0}  # bytes a parameter
+_ADAM_STATES = {
+    "adamw_bnb_8bit": 2,
+    "adamw_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "adafactor": 1,
+    "sgd": 0,
+}  # bytes a parameter
 _HEADROOM = 0.9  # of a device's memory: the rest is the driver's and fragmentation
 
 
@@ -56,7 +62,10 @@ class MemoryEstimate:
         return self.weights + self.gradients + self.optimizer + self.activations + self.head
 
     def lines(self) -> list[str]:
-        return [*(f"{name} {size(value)}" for name, value in asdict(self).items()), f"total {size(self.total)}"]
+        return [
+            *(f"{name} {size(value)}" for name, value in asdict(self).items()),
+            f"total {size(self.total)}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,9 @@ def size(number: float) -> str:
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
-def load_of(model: Any, args: Any, *, width: int, length: int, device: str, quantization: str | None = None) -> Load:
+def load_of(
+    model: Any, args: Any, *, width: int, length: int, device: str, quantization: str | None = None
+) -> Load:
     """The load of a model (its outline will do, wrapped in its adapter) under training arguments.
 
     Args:
@@ -116,10 +127,8 @@ def estimate(load: Load) -> MemoryEstimate:
     low = load.autocast or load.width == 2
     product = 2 if low else 4
     layer = product * (4 * load.intermediate + 2 * load.kv) + (26 if low else 32) * load.hidden
-    if load.checkpointing:
-        per_token = load.layers * load.hidden * load.width + layer
-    else:
-        per_token = load.layers * layer
+    kept = load.layers * load.hidden * load.width + layer  # each layer's input, and one layer recomputed
+    per_token = kept if load.checkpointing else load.layers * layer
     casts = 2 * load.parameters if load.autocast and load.width == 4 else 0
     import torch
 
@@ -153,10 +162,17 @@ def smallest_changes(load: Load, available: int) -> list[Change]:
     if full:
         tries.append(("peft=lora", adapter))
         least = replace(adapter, batch=1, accumulation=load.batch * load.accumulation, checkpointing=True)
-        tries.append((f"peft=lora trainer.gradient_checkpointing=true batch_size=1 accumulation={least.accumulation}", least))
+        tries.append(
+            (
+                f"peft=lora trainer.gradient_checkpointing=true batch_size=1 accumulation={least.accumulation}",
+                least,
+            )
+        )
     else:
         least = replace(load, batch=1, accumulation=load.batch * load.accumulation, checkpointing=True)
-        tries.append((f"trainer.gradient_checkpointing=true batch_size=1 accumulation={least.accumulation}", least))
+        tries.append(
+            (f"trainer.gradient_checkpointing=true batch_size=1 accumulation={least.accumulation}", least)
+        )
     fitting = [Change(text, made) for text, changed in tries if fits(made := estimate(changed), available)]
     single = [c for c in fitting if " trainer." not in c.overrides and "true batch" not in c.overrides]
     return single[:4] or fitting[:1]

@@ -64,7 +64,9 @@ class ModelRecipe:
         if self.architecture is not None:
             fields = copy.deepcopy(self.architecture)
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
-        passed = {k: v for k, v in self.init_kwargs.items() if k in {"revision", "token", "subfolder", "cache_dir"}}
+        passed = {
+            k: v for k, v in self.init_kwargs.items() if k in {"revision", "token", "subfolder", "cache_dir"}
+        }
         try:
             return AutoConfig.from_pretrained(
                 self.name_or_path, trust_remote_code=self.trust_remote_code, **copy.deepcopy(passed)
@@ -90,7 +92,9 @@ class ModelRecipe:
             if self.architecture is not None:
                 kwargs = self._kwargs()
                 model = AutoModelForCausalLM.from_config(
-                    self.config(), dtype=kwargs["dtype"], attn_implementation=kwargs.get("attn_implementation")
+                    self.config(),
+                    dtype=kwargs["dtype"],
+                    attn_implementation=kwargs.get("attn_implementation"),
                 )
             else:
                 try:
@@ -107,7 +111,9 @@ class ModelRecipe:
             return AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
 
 
-def recipe_from(settings: Any, peft_config: Any, *, vocab_size: int, dtype: torch.dtype, attention: str | None) -> ModelRecipe:
+def recipe_from(
+    settings: Any, peft_config: Any, *, vocab_size: int, dtype: torch.dtype, attention: str | None
+) -> ModelRecipe:
     """The recipe of a run's `RunSettings`; a random-weight model gets an embedding row for every token."""
     model = settings.model
     architecture = None
@@ -171,7 +177,9 @@ def load_tokenizer(
         tokenizer = byte_tokenizer()
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=trust_remote_code, revision=revision
+            )
         except (OSError, ValueError, KeyError) as error:
             raise _unreadable("model.tokenizer", name, "tokenizer", error) from error
     return settle_tokenizer(
@@ -188,7 +196,12 @@ def settle_tokenizer(
 ) -> Any:
     """Apply the chosen template and tokens; fall back to ChatML and to EOS for padding. Changes and returns it."""
     violations = [
-        Violation(f"algo.{key}", token, "this token is not in the tokenizer's vocabulary", "name a token that it has")
+        Violation(
+            f"algo.{key}",
+            token,
+            "this token is not in the tokenizer's vocabulary",
+            "name a token that it has",
+        )
         for key, token in (("eos_token", eos_token), ("pad_token", pad_token))
         if token is not None and token not in tokenizer.get_vocab()
     ]
@@ -199,7 +212,10 @@ def settle_tokenizer(
     if tokenizer.eos_token is None:
         raise UserError(
             Violation(
-                "algo.eos_token", None, "the tokenizer has no end-of-sequence token", "name one of its tokens: algo.eos_token=…"
+                "algo.eos_token",
+                None,
+                "the tokenizer has no end-of-sequence token",
+                "name one of its tokens: algo.eos_token=…",
             )
         )
     if pad_token is not None:
@@ -220,7 +236,12 @@ def _read_template(path: str) -> str:
             return Path(path).read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(
-                Violation("chat_template_path", path, f"cannot be read ({error.strerror})", "give an existing .jinja file")
+                Violation(
+                    "chat_template_path",
+                    path,
+                    f"cannot be read ({error.strerror})",
+                    "give an existing .jinja file",
+                )
             ) from error
     try:
         template = AutoTokenizer.from_pretrained(path).chat_template
@@ -228,7 +249,12 @@ def _read_template(path: str) -> str:
         raise _unreadable("chat_template_path", path, "tokenizer", error) from error
     if template is None:
         raise UserError(
-            Violation("chat_template_path", path, "this tokenizer has no chat template", "name one that has, or a .jinja file")
+            Violation(
+                "chat_template_path",
+                path,
+                "this tokenizer has no chat template",
+                "name one that has, or a .jinja file",
+            )
         )
     return template
 

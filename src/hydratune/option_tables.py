@@ -24,7 +24,9 @@ def table(title: str, prefix: str, options: Iterable[Option]) -> str:
         f"| `{prefix}{o.name}` | `{o.type.replace('|', chr(92) + '|')}` | `{'null' if o.default is None else o.default}` | {o.help} |"
         for o in options
     ]
-    return "\n".join([f"## {title}", "", "| option | type | default | what |", "|---|---|---|---|", *rows, ""])
+    return "\n".join(
+        [f"## {title}", "", "| option | type | default | what |", "|---|---|---|---|", *rows, ""]
+    )
 
 
 def document() -> str:

@@ -76,13 +76,21 @@ def make(
     report = reports["train"]
     rows = len(train) if hasattr(train, "__len__") else None
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * device.world_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil((rows or 0) / per_step) * args.num_train_epochs)
+    steps = (
+        args.max_steps
+        if args.max_steps > 0
+        else math.ceil(math.ceil((rows or 0) / per_step) * args.num_train_epochs)
+    )
     length = args.max_length if report.blocks or not report.longest else report.longest
     load = memory.load_of(
         outline, args, width=recipe.dtype.itemsize, length=length or 1024, device=device.kind,
         quantization=settings.model.quantization,
     )  # fmt: skip
-    checkpointing = args.auto_checkpointing and device.kind == "cuda" and memory.needs_checkpointing(load, device.total_bytes)
+    checkpointing = (
+        args.auto_checkpointing
+        and device.kind == "cuda"
+        and memory.needs_checkpointing(load, device.total_bytes)
+    )
     if checkpointing:
         load = memory.replace(load, checkpointing=True)
     made = memory.estimate(load)
@@ -99,9 +107,13 @@ def make(
     }
     for split, made_of in reports.items():
         facts[f"{split} rows"] = "\n".join(made_of.lines()) if made_of.rows else "a stream"
-    facts["steps"] = f"{steps:,} of {per_step} rows each, lr {args.learning_rate:g}, {args.lr_scheduler_type.value}"
+    facts["steps"] = (
+        f"{steps:,} of {per_step} rows each, lr {args.learning_rate:g}, {args.lr_scheduler_type.value}"
+    )
     facts["memory"] = f"about {memory.size(made.total)} at its peak ({', '.join(made.lines()[:-1])}); " + (
-        f"fits {memory.size(device.total_bytes)}" if fits else f"does not fit {memory.size(device.total_bytes)}"
+        f"fits {memory.size(device.total_bytes)}"
+        if fits
+        else f"does not fit {memory.size(device.total_bytes)}"
     )
     return Plan(
         facts=facts,

@@ -64,7 +64,9 @@ class ProgressCallback(TrainerCallback):
             TextColumn("{task.fields[left]}", style="dim"),
             console=self._console,
         )
-        self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, facts="", left="")
+        self._task = self._bar.add_task(
+            "train", total=state.max_steps, completed=state.global_step, facts="", left=""
+        )
         self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -82,7 +84,9 @@ class ProgressCallback(TrainerCallback):
                 self._bar.update(self._task, completed=state.global_step, facts=facts)
         else:
             left = "" if evaluated else f" · {self._left(state)}"
-            self._console.print(f"step {state.global_step}/{state.max_steps} · {facts}{left}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"step {state.global_step}/{state.max_steps} · {facts}{left}", highlight=False, soft_wrap=True
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()
@@ -117,8 +121,13 @@ def final_table(summary: dict[str, Any], out_dir: Path, console: Console | None 
         table.add_row("verified answers", f"{final['verified_accuracy']:.0%}")
     seconds = summary["seconds"]
     speed = f", {amount(summary['tokens_per_second'])} tokens/s" if summary["tokens_per_second"] else ""
-    table.add_row("training", f"{summary['steps']} steps, {amount(summary['tokens'])} tokens in {duration(seconds.get('training', 0))}{speed}")
-    table.add_row("peak memory", f"{summary['peak_memory']['bytes'] / 2**30:.1f} GiB ({summary['peak_memory']['kind']})")
+    table.add_row(
+        "training",
+        f"{summary['steps']} steps, {amount(summary['tokens'])} tokens in {duration(seconds.get('training', 0))}{speed}",
+    )
+    table.add_row(
+        "peak memory", f"{summary['peak_memory']['bytes'] / 2**30:.1f} GiB ({summary['peak_memory']['kind']})"
+    )
     table.add_row("model", str(out_dir / "model"))
     table.add_row("report", str(out_dir / "report.html"))
     console.print(table)

@@ -30,7 +30,12 @@ CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Peak memory (GiB)", ("peak_memory_gib",)),
 )
 # drawn in these, then replaced by the page's variables, which change with light and dark
-_COLOURS = {"#123401": "var(--train)", "#123402": "var(--eval)", "#123403": "var(--ink-2)", "#123404": "var(--line)"}
+_COLOURS = {
+    "#123401": "var(--train)",
+    "#123402": "var(--eval)",
+    "#123403": "var(--ink-2)",
+    "#123404": "var(--line)",
+}
 _TRAIN, _EVAL, _INK, _LINE = _COLOURS
 
 
@@ -39,7 +44,9 @@ def write_report(out_dir: Path) -> None:
     events = read_metrics(out_dir)
     summary = _json(out_dir / "summary.json")
     charts = [(title, series) for title, names in CHARTS if (series := _series(events, names))]
-    page = Environment(loader=PackageLoader("hydratune"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = Environment(
+        loader=PackageLoader("hydratune"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     html = page.get_template("report.html.j2").render(
         summary=summary,
         name=summary.get("run_name") or out_dir.name,
@@ -53,16 +60,22 @@ def write_report(out_dir: Path) -> None:
     _picture(charts, out_dir / "curves.png")
 
 
-def _series(events: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, tuple[list[float], list[float]]]:
+def _series(
+    events: list[dict[str, Any]], names: tuple[str, ...]
+) -> dict[str, tuple[list[float], list[float]]]:
     found = {}
     for name in names:
-        points = [(e["step"], e[name]) for e in events if isinstance(e.get(name), int | float) and "step" in e]
+        points = [
+            (e["step"], e[name]) for e in events if isinstance(e.get(name), int | float) and "step" in e
+        ]
         if points:
             found[name] = ([p[0] for p in points], [p[1] for p in points])
     return found
 
 
-def _draw(axes: Any, series: dict[str, tuple[list[float], list[float]]], colours: tuple[str, str, str, str]) -> None:
+def _draw(
+    axes: Any, series: dict[str, tuple[list[float], list[float]]], colours: tuple[str, str, str, str]
+) -> None:
     train, evaluation, ink, line = colours
     for name, (steps, values) in series.items():
         is_eval = name.startswith("eval_")
@@ -92,7 +105,9 @@ def _svg(title: str, series: dict[str, tuple[list[float], list[float]]], number:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{title}{number}", "font.family": "sans-serif"}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": f"{title}{number}", "font.family": "sans-serif"}
+    ):
         figure = _figure(5.2, 2.5)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
@@ -131,7 +146,13 @@ def _headline(summary: dict[str, Any]) -> list[tuple[str, str]]:
     shown = []
     for key, name in (("eval_loss", "evaluation loss"), ("loss", "training loss")):
         if key in final:
-            shown.append((name, f"{final[key]:.4f}" + (f" (best {best[key]:.4f})" if best.get(key, final[key]) < final[key] else "")))
+            shown.append(
+                (
+                    name,
+                    f"{final[key]:.4f}"
+                    + (f" (best {best[key]:.4f})" if best.get(key, final[key]) < final[key] else ""),
+                )
+            )
     if "eval_mean_token_accuracy" in final:
         shown.append(("token accuracy", f"{final['eval_mean_token_accuracy']:.1%}"))
     if "verified_accuracy" in final:

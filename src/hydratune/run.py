@@ -15,7 +15,15 @@ from typing import Any
 from hydratune import checks
 from hydratune.errors import Interrupted, TrainingFailed, UserError, Violation
 from hydratune.settings import RunSettings
-from hydratune.tracking import PhaseClock, RunTracker, collect_summary, quiet_libraries, setup_logging, write_config, write_summary
+from hydratune.tracking import (
+    PhaseClock,
+    RunTracker,
+    collect_summary,
+    quiet_libraries,
+    setup_logging,
+    write_config,
+    write_summary,
+)
 
 log = logging.getLogger("hydratune")
 _VERIFIED_ROWS = 64  # held-out rows of a built-in data set that are completed and verified at the end
@@ -83,7 +91,9 @@ def prepare(settings: RunSettings, clock: PhaseClock) -> Job:
         )
         findings = findings.merge(checks.check_tokenizer(tokenizer, settings))
         peft_config = adapters.peft_config(settings.peft)
-        dtype = weights_dtype(model.dtype, frozen_base=peft_config is not None, bf16=device.kind == "cuda" and device.bf16)
+        dtype = weights_dtype(
+            model.dtype, frozen_base=peft_config is not None, bf16=device.kind == "cuda" and device.bf16
+        )
         recipe = recipe_from(settings, peft_config, vocab_size=len(tokenizer), dtype=dtype, attention=None)
         outline = recipe.outline()
         findings = findings.merge(checks.check_model(outline, settings.peft, tokenizer, settings))
@@ -127,11 +137,15 @@ def _arguments(settings: RunSettings, device: checks.DeviceFacts) -> Any:
         )
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(
-            Violation("trainer", None, str(error).splitlines()[0], "change the trainer.* field that this names")
+            Violation(
+                "trainer", None, str(error).splitlines()[0], "change the trainer.* field that this names"
+            )
         ) from error
 
 
-def _data(settings: RunSettings, args: Any, tokenizer: Any) -> tuple[Any, Any, list[dict[str, Any]], dict[str, Any]]:
+def _data(
+    settings: RunSettings, args: Any, tokenizer: Any
+) -> tuple[Any, Any, list[dict[str, Any]], dict[str, Any]]:
     """Load, format, tokenise and pack both data sets; also a few formatted evaluation rows for samples."""
     from hydratune.data.format import format_rows
     from hydratune.data.load import load
@@ -157,7 +171,11 @@ def _data(settings: RunSettings, args: Any, tokenizer: Any) -> tuple[Any, Any, l
         source, wanted = eval_rows, _VERIFIED_ROWS
     else:
         source, wanted = formatted.get("eval"), settings.tracking.samples
-    few = [] if source is None or not settings.tracking.samples else [r for r, _ in zip(source, range(wanted), strict=False)]
+    few = (
+        []
+        if source is None or not settings.tracking.samples
+        else [r for r, _ in zip(source, range(wanted), strict=False)]
+    )
     return ready["train"], ready["eval"], few, reports
 
 
@@ -198,7 +216,9 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
             trainer.train(resume_from_checkpoint=_checkpoint(settings))
         if stop.requested:
             status = "interrupted"
-            raise Interrupted(f"stopped at step {trainer.state.global_step}; go on with: python train.py resume={out}")
+            raise Interrupted(
+                f"stopped at step {trainer.state.global_step}; go on with: python train.py resume={out}"
+            )
         if job.evaluation is not None and not _just_evaluated(trainer):
             with clock.phase("evaluation"):
                 trainer.evaluate()
@@ -210,7 +230,9 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
         status = "interrupted"
         if isinstance(error, Interrupted):
             raise
-        raise Interrupted(f"stopped at once; the last checkpoint, if any, is in {out / 'checkpoints'}") from None
+        raise Interrupted(
+            f"stopped at once; the last checkpoint, if any, is in {out / 'checkpoints'}"
+        ) from None
     except _out_of_memory() as error:
         raise TrainingFailed(
             f"out of memory ({str(error).splitlines()[0]}): try trainer.gradient_checkpointing=true, a smaller batch_size "
@@ -222,7 +244,9 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
     return objective
 
 
-def _close(settings: RunSettings, job: Job, clock: PhaseClock, tracker: RunTracker, trainer: Any, status: str) -> float | None:
+def _close(
+    settings: RunSettings, job: Job, clock: PhaseClock, tracker: RunTracker, trainer: Any, status: str
+) -> float | None:
     """Write what a run leaves behind: summary, model card, report; close the trackers."""
     from hydratune.card import write_card
     from hydratune.progress import final_table
@@ -255,7 +279,9 @@ def _samples(settings: RunSettings, job: Job, trainer: Any, tracker: RunTracker)
         return
     from hydratune.samples import complete
 
-    rows = complete(trainer.model, job.tokenizer, job.eval_rows, max_new_tokens=settings.tracking.sample_tokens)
+    rows = complete(
+        trainer.model, job.tokenizer, job.eval_rows, max_new_tokens=settings.tracking.sample_tokens
+    )
     verified = [row["correct"] for row in rows if "correct" in row]
     if verified:
         trainer.log({"verified_accuracy": sum(verified) / len(verified)})

@@ -21,7 +21,9 @@ def split_prompt(row: dict[str, Any]) -> tuple[Any, str] | None:
 
 
 @torch.inference_mode()
-def complete(model: Any, tokenizer: Any, rows: list[dict[str, Any]], *, max_new_tokens: int) -> list[dict[str, Any]]:
+def complete(
+    model: Any, tokenizer: Any, rows: list[dict[str, Any]], *, max_new_tokens: int
+) -> list[dict[str, Any]]:
     """Greedy completions of the rows' prompts as one left-padded batch.
 
     Returns:
@@ -31,10 +33,15 @@ def complete(model: Any, tokenizer: Any, rows: list[dict[str, Any]], *, max_new_
     if not asked:
         return []
     texts = [
-        prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        prompt
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         for _, prompt, _ in asked
     ]
-    ids = [tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"] for text, (_, prompt, _) in zip(texts, asked, strict=True)]
+    ids = [
+        tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+        for text, (_, prompt, _) in zip(texts, asked, strict=True)
+    ]
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
     was_training = model.training
     model.eval()

@@ -22,38 +22,55 @@ def option(default: Any = None, help: str = "", *, factory: Callable[[], Any] | 
 class ModelSettings:
     """`model.*`: which weights, or which architecture with random weights, and how they are loaded."""
 
-    name_or_path: str | None = option(None, "Hub id or local directory of the model; null with `architecture`.")
+    name_or_path: str | None = option(
+        None, "Hub id or local directory of the model; null with `architecture`."
+    )
     architecture: dict[str, Any] | None = option(
         None, "Config fields (with model_type) of a model made with random weights instead of loaded ones."
     )
-    tokenizer: str | None = option(None, "Hub id or directory of the tokenizer; 'byte' is the built-in one; null: the model's.")
+    tokenizer: str | None = option(
+        None, "Hub id or directory of the tokenizer; 'byte' is the built-in one; null: the model's."
+    )
     init_kwargs: dict[str, Any] = option(factory=dict, help="Passed to from_pretrained untouched.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Dtype of the weights. auto: fp32 master weights, or a bf16 frozen base with peft where bf16 is supported."
+        "auto",
+        "Dtype of the weights. auto: fp32 master weights, or a bf16 frozen base with peft where bf16 is supported.",
     )
-    attn_implementation: str = option("auto", "auto picks the fastest exact one present; else a name that transformers knows.")
+    attn_implementation: str = option(
+        "auto", "auto picks the fastest exact one present; else a name that transformers knows."
+    )
     quantization: Literal["4bit", "8bit"] | None = option(None, "Load the base quantised by bitsandbytes.")
     trust_remote_code: bool = option(False, "Run code that the model's repository brings.")
-    chat_template_path: str | None = option(None, "A .jinja file, or a tokenizer's directory or id, whose chat template is used.")
+    chat_template_path: str | None = option(
+        None, "A .jinja file, or a tokenizer's directory or id, whose chat template is used."
+    )
 
 
 @dataclass
 class DataSettings:
     """`data.*`: where rows come from, what they look like, and which of them are used."""
 
-    source: Literal["builtin", "local", "hub"] = option("builtin", "Generated from a seed, read from `path`, or from the hub.")
+    source: Literal["builtin", "local", "hub"] = option(
+        "builtin", "Generated from a seed, read from `path`, or from the hub."
+    )
     name: str | None = option(None, "Hub id of the data set, or the name of a built-in one.")
     subset: str | None = option(None, "Configuration name of a hub data set.")
     path: str | None = option(None, "A jsonl, json, csv or parquet file, or a folder of them.")
     split: str = option("train", "Split of a hub data set that is trained on.")
     eval_path: str | None = option(None, "File or folder with the rows that are evaluated on.")
     eval_split: str | None = option(None, "Split of a hub data set that is evaluated on.")
-    eval_fraction: float = option(0.05, "Share of the training rows held out when there is no evaluation data; 0 for none.")
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"] = option(
-        "auto", "The shape of a row; auto finds it from the columns."
+    eval_fraction: float = option(
+        0.05, "Share of the training rows held out when there is no evaluation data; 0 for none."
     )
-    columns: dict[str, str] = option(factory=dict, help="Our column name: the file's, e.g. {messages: dialog}.")
-    formatting_func: str | None = option(None, "Dotted path of a function from a row to text, messages or prompt/completion.")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"] = (
+        option("auto", "The shape of a row; auto finds it from the columns.")
+    )
+    columns: dict[str, str] = option(
+        factory=dict, help="Our column name: the file's, e.g. {messages: dialog}."
+    )
+    formatting_func: str | None = option(
+        None, "Dotted path of a function from a row to text, messages or prompt/completion."
+    )
     system_prompt: str | None = option(None, "System message put before conversations that have none.")
     max_samples: int | None = option(None, "Use at most this many training rows (after shuffling by `seed`).")
     max_eval_samples: int | None = option(None, "Use at most this many evaluation rows.")
@@ -69,14 +86,17 @@ class TrackingSettings:
     """`tracking.*`: Weights & Biases."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = option(
-        "auto", "auto: online with a login, offline without; offline: write files to sync later; disabled: none."
+        "auto",
+        "auto: online with a login, offline without; offline: write files to sync later; disabled: none.",
     )
     project: str = option("hydratune", "W&B project.")
     entity: str | None = option(None, "W&B user or team.")
     group: str | None = option(None, "W&B group; a sweep sets its study's name.")
     tags: list[str] = option(factory=list, help="W&B tags, added to algo, model, data and peft.")
     notes: str | None = option(None, "W&B notes.")
-    samples: int = option(4, "Sample completions written at the end (table in W&B and in the report); 0 for none.")
+    samples: int = option(
+        4, "Sample completions written at the end (table in W&B and in the report); 0 for none."
+    )
     sample_tokens: int = option(64, "New tokens of a sample completion.")
 
 
@@ -98,5 +118,7 @@ class RunSettings:
     check: bool = False
     debug: bool = False
     choices: dict[str, str] = field(default_factory=dict)  # group → entry picked, e.g. {"model": "tiny"}
-    resolved: dict[str, Any] = field(default_factory=dict)  # the whole resolved config, for config.yaml and W&B
+    resolved: dict[str, Any] = field(
+        default_factory=dict
+    )  # the whole resolved config, for config.yaml and W&B
     command: str = ""

@@ -28,7 +28,9 @@ from hydratune.settings import RunSettings
 
 log = logging.getLogger("hydratune")
 
-_SECRET = re.compile(r"(?i)(^|_)(api_?key|password|passwd|secret|credentials?|(access|auth|hub|hf|user)_?token|token)$")
+_SECRET = re.compile(
+    r"(?i)(^|_)(api_?key|password|passwd|secret|credentials?|(access|auth|hub|hf|user)_?token|token)$"
+)
 _NOT_SECRET = re.compile(r"(?i)^(eos|pad|bos|unk|stop|sep|cls|mask)_token$")
 _PACKAGES = ("hydratune", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "wandb")
 _SECONDS_TO_CONNECT = 20
@@ -92,7 +94,10 @@ def quiet_libraries() -> None:
     import datasets
     import transformers
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # between transformers and peft, nothing for the user
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning
+    )  # between transformers and peft, nothing for the user
     transformers.logging.disable_default_handler()
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
@@ -229,7 +234,9 @@ def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
 def keep_until(path: Path, step: int) -> None:
     """Drop events after the step that a run starts from, which it will record again."""
     if path.is_file():
-        kept = [e for e in read_metrics(path.parent) if e.get("step", 0) <= step and (step or "loss" not in e)]
+        kept = [
+            e for e in read_metrics(path.parent) if e.get("step", 0) <= step and (step or "loss" not in e)
+        ]
         path.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
 
 
@@ -308,7 +315,9 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

@@ -59,7 +59,9 @@ def test_the_default_leaves_a_whole_run_directory(tmp_path):
 def test_an_adapter_run_reloads_in_plain_peft_and_merges(tmp_path):
     out, merged = tmp_path / "run", tmp_path / "merged"
     train("algo=sft", "peft=lora", "tracking=none", *QUICK, f"output_dir={out}")
-    subprocess.run([str(Path(sys.executable).parent / "hydratune"), "merge", str(out), str(merged)], check=True)
+    subprocess.run(
+        [str(Path(sys.executable).parent / "hydratune"), "merge", str(out), str(merged)], check=True
+    )
     ids = torch.arange(40)[None]
     with torch.no_grad():
         adapted = AutoPeftModelForCausalLM.from_pretrained(out / "model").eval()(input_ids=ids).logits
@@ -83,10 +85,19 @@ def test_the_same_command_gives_the_same_run(tmp_path):
 
 
 def test_interrupted_and_resumed_gives_the_losses_of_no_stop(tmp_path):
-    options = ["data.size=256", "max_steps=60", "batch_size=8", "tracking=none", "trainer.logging_steps=1", "tracking.samples=0"]
+    options = [
+        "data.size=256",
+        "max_steps=60",
+        "batch_size=8",
+        "tracking=none",
+        "trainer.logging_steps=1",
+        "tracking.samples=0",
+    ]
     train(*options, f"output_dir={tmp_path / 'whole'}")
     out = tmp_path / "stopped"
-    process = subprocess.Popen(command(*options, f"output_dir={out}"), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command(*options, f"output_dir={out}"), stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not ((out / "metrics.jsonl").is_file() and len(losses(out)) >= 5):
         time.sleep(0.02)
@@ -131,7 +142,9 @@ def test_real_conversations_with_the_real_tokenizer(peft, shared_data, tmp_path)
     assert last < first - (0.5 if peft == "none" else 0.001)
     assert losses(out, "eval_loss")
     assert (out / "report.html").is_file() and list(out.glob("wandb/offline-run-*"))
-    assert (out / "model" / ("model.safetensors" if peft == "none" else "adapter_model.safetensors")).is_file()
+    assert (
+        out / "model" / ("model.safetensors" if peft == "none" else "adapter_model.safetensors")
+    ).is_file()
 
 
 def test_the_users_own_file_and_columns(tmp_path):
@@ -149,6 +162,13 @@ def test_a_model_of_ones_own_directory(tmp_path):
                     "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     ModelRecipe(architecture=architecture).build().save_pretrained(tmp_path / "llama")
     byte_tokenizer().save_pretrained(tmp_path / "llama")
-    train(*QUICK, "tracking=none", f"model.name_or_path={tmp_path / 'llama'}", "peft=dora", "lr=1e-3", f"output_dir={tmp_path / 'run'}")
+    train(
+        *QUICK,
+        "tracking=none",
+        f"model.name_or_path={tmp_path / 'llama'}",
+        "peft=dora",
+        "lr=1e-3",
+        f"output_dir={tmp_path / 'run'}",
+    )
     config = json.loads((tmp_path / "run" / "model" / "adapter_config.json").read_text())
     assert config["use_dora"] and config["base_model_name_or_path"] == str(tmp_path / "llama")

@@ -62,7 +62,9 @@ def conversations(shared_data, rows: int = 90) -> Dataset:
 
 def prompt_completion(shared_data) -> Dataset:
     rows = read(shared_data / "math" / "gsm8k_train_2k.jsonl", 90)
-    return rows.rename_columns({"question": "prompt", "answer": "completion"}).select_columns(["prompt", "completion"])
+    return rows.rename_columns({"question": "prompt", "answer": "completion"}).select_columns(
+        ["prompt", "completion"]
+    )
 
 
 def plain_text(shared_data) -> Dataset:
@@ -76,7 +78,11 @@ CASES = {
     "plain_text": (plain_text, {}, False),
     "dft": (prompt_completion, {"loss_type": "dft"}, False),
     "padding_free": (prompt_completion, {"padding_free": True, "max_length": None}, False),
-    "accumulation": (prompt_completion, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, False),
+    "accumulation": (
+        prompt_completion,
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+        False,
+    ),
     "lora": (conversations, {"assistant_only_loss": True}, True),
 }
 
@@ -98,7 +104,9 @@ def both(rows: Dataset, options: dict, lora: bool, tmp_path, theirs_rows: Datase
     )
     theirs = trl.SFTTrainer(
         model=copy.deepcopy(model),
-        args=trl.SFTConfig(output_dir=str(tmp_path / "theirs"), gradient_checkpointing=False, **COMMON | options),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path / "theirs"), gradient_checkpointing=False, **COMMON | options
+        ),
         train_dataset=theirs_rows or rows,
         processing_class=copy.deepcopy(tokenizer),
     )
@@ -121,7 +129,12 @@ def test_bfd_packing_gives_trls_losses(shared_data, tmp_path):
     though the order of equally full blocks may differ. So the blocks are compared as sets, and the trajectory is held
     against TRL's on our blocks."""
     rows = prompt_completion(shared_data)
-    options = {"packing": True, "packing_strategy": "bfd", "per_device_train_batch_size": 1, "max_length": 640}
+    options = {
+        "packing": True,
+        "packing_strategy": "bfd",
+        "per_device_train_batch_size": 1,
+        "max_length": 640,
+    }
     tokenizer = byte_tokenizer()
     model = small_model(len(tokenizer), lora=False)
     model.set_attn_implementation("eager")
@@ -133,7 +146,9 @@ def test_bfd_packing_gives_trls_losses(shared_data, tmp_path):
     )
     theirs = trl.SFTTrainer(
         model=copy.deepcopy(model),
-        args=trl.SFTConfig(output_dir=str(tmp_path / "theirs"), gradient_checkpointing=False, **COMMON | options),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path / "theirs"), gradient_checkpointing=False, **COMMON | options
+        ),
         train_dataset=rows,
         processing_class=copy.deepcopy(tokenizer),
     )

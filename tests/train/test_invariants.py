@@ -81,7 +81,9 @@ def test_padding_free_equals_padding(tmp_path):
 def test_packing_equals_no_packing(tmp_path):
     """One block that holds all rows is one batch of all rows, whatever their order."""
     data = rows(12)
-    one_block = trajectory(trainer(tmp_path / "a", data=data, packing=True, max_length=2048, per_device_train_batch_size=1))
+    one_block = trajectory(
+        trainer(tmp_path / "a", data=data, packing=True, max_length=2048, per_device_train_batch_size=1)
+    )
     one_batch = trajectory(trainer(tmp_path / "b", data=data, per_device_train_batch_size=12))
     assert one_block["loss"] == pytest.approx(one_batch["loss"], abs=1e-5)
     assert one_block["grad_norm"] == pytest.approx(one_batch["grad_norm"], rel=1e-4)
@@ -127,7 +129,10 @@ def test_two_processes_with_one_seed_give_the_same_run(tmp_path):
     results = [
         json.loads(
             subprocess.run(
-                [sys.executable, "-c", script, str(tmp_path / name), here], capture_output=True, text=True, check=True
+                [sys.executable, "-c", script, str(tmp_path / name), here],
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout.splitlines()[-1]
         )
         for name in "ab"
@@ -186,7 +191,9 @@ def saved_model(tmp_path_factory):
 def test_a_recipe_gives_the_same_pristine_model_and_keeps_its_kwargs(saved_model):
     kwargs = {"attn_implementation": "eager", "dtype": "float32"}
     before = copy.deepcopy(kwargs)
-    recipe = ModelRecipe(name_or_path=saved_model, init_kwargs=kwargs, peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"))
+    recipe = ModelRecipe(
+        name_or_path=saved_model, init_kwargs=kwargs, peft_config=LoraConfig(r=4, task_type="CAUSAL_LM")
+    )
     first = recipe.build()
     mark = fingerprint(first)
     with torch.no_grad():
@@ -225,13 +232,17 @@ def test_hyperparameter_search_builds_a_fresh_model_for_every_trial(saved_model,
 
 def test_hyperparameter_search_of_an_instance_says_what_to_pass(saved_model, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved_model)
-    run = SFTTrainer(model=model, args=config(tmp_path), train_dataset=rows(8), processing_class=byte_tokenizer())
+    run = SFTTrainer(
+        model=model, args=config(tmp_path), train_dataset=rows(8), processing_class=byte_tokenizer()
+    )
     with pytest.raises(UserError, match="directory"):
         run.hyperparameter_search(n_trials=1)
 
 
 def test_older_argument_names(saved_model, tmp_path):
-    run = SFTTrainer(model=saved_model, config=config(tmp_path), train_dataset=rows(8), tokenizer=byte_tokenizer())
+    run = SFTTrainer(
+        model=saved_model, config=config(tmp_path), train_dataset=rows(8), tokenizer=byte_tokenizer()
+    )
     assert run.args.seed == 5
     with pytest.raises(UserError, match="twice"):
         SFTTrainer(
@@ -244,7 +255,9 @@ def test_older_argument_names(saved_model, tmp_path):
         made.append(1)
         return AutoModelForCausalLM.from_pretrained(saved_model)
 
-    SFTTrainer(model_init=model_init, args=config(tmp_path), train_dataset=rows(8), processing_class=byte_tokenizer())
+    SFTTrainer(
+        model_init=model_init, args=config(tmp_path), train_dataset=rows(8), processing_class=byte_tokenizer()
+    )
     assert made == [1]
 
 

@@ -42,7 +42,11 @@ def test_only_config_sees_hydra(path):
 def test_algorithms_do_not_import_each_other():
     algorithms = {p.stem for p in (SOURCE / "algos").glob("*.py")} - {"__init__", "base"}
     for name in algorithms:
-        used = {n.removeprefix("algos.") for n in own(imports(SOURCE / "algos" / f"{name}.py")) if n.startswith("algos.")}
+        used = {
+            n.removeprefix("algos.")
+            for n in own(imports(SOURCE / "algos" / f"{name}.py"))
+            if n.startswith("algos.")
+        }
         assert not used & (algorithms - {name})
 
 
@@ -73,4 +77,6 @@ def test_there_is_no_circle():
 
 
 def test_no_file_is_too_long():
-    assert not [p for p in [*MODULES, ROOT / "train.py"] if len(p.read_text(encoding="utf-8").splitlines()) > 500]
+    assert not [
+        p for p in [*MODULES, ROOT / "train.py"] if len(p.read_text(encoding="utf-8").splitlines()) > 500
+    ]

@@ -43,7 +43,7 @@ def test_a_template_from_a_file_and_from_a_tokenizer(shared_data, tmp_path):
     marked = load_tokenizer("byte", chat_template_path=str(folder / "chatml_generation.jinja"))
     assert "generation" in marked.chat_template
     assert "im_start" in load_tokenizer("byte", chat_template_path=str(folder)).chat_template
-    with pytest.raises(UserError, match="nowhere.jinja"):
+    with pytest.raises(UserError, match=r"nowhere\.jinja"):
         load_tokenizer("byte", chat_template_path=str(tmp_path / "nowhere.jinja"))
 
 

@@ -35,7 +35,9 @@ def settings(out, **tracking) -> RunSettings:
 
 
 def state(step: int, **fields):
-    return SimpleNamespace(**{"global_step": step, "epoch": step / 10, "is_world_process_zero": True, "max_steps": 10} | fields)
+    return SimpleNamespace(
+        **{"global_step": step, "epoch": step / 10, "is_world_process_zero": True, "max_steps": 10} | fields
+    )
 
 
 def test_secrets_are_redacted_and_nothing_else():
@@ -73,7 +75,11 @@ def test_summary_has_final_and_best(tmp_path):
     clock = PhaseClock()
     with clock.phase("training"):
         time.sleep(0.01)
-    events = [{"step": 1, "eval_loss": 2.0}, {"step": 2, "eval_loss": 1.0}, {"step": 3, "eval_loss": 1.5, "loss": 0.5}]
+    events = [
+        {"step": 1, "eval_loss": 2.0},
+        {"step": 2, "eval_loss": 1.0},
+        {"step": 3, "eval_loss": 1.5, "loss": 0.5},
+    ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
     trainer = SimpleNamespace(num_tokens=100, state=state(3))
     summary = collect_summary(settings(tmp_path), tmp_path, clock, status="completed", trainer=trainer)
@@ -143,7 +149,9 @@ def test_plain_lines_when_piped():
     progress.on_log(None, state(5), None, {"eval_loss": 1.25})
     progress.on_log(None, state(10), None, {"train_runtime": 3.0})
     lines = out.getvalue().splitlines()
-    assert lines[0].startswith("step 5/10 · loss 1.5000 · lr 1.0e-04 · 3.2k tok/s · ") and lines[0].endswith("left")
+    assert lines[0].startswith("step 5/10 · loss 1.5000 · lr 1.0e-04 · 3.2k tok/s · ") and lines[0].endswith(
+        "left"
+    )
     assert lines[1:] == ["step 5/10 · eval loss 1.2500"]
     assert "\x1b" not in out.getvalue()
 

@@ -34,18 +34,33 @@ class BaseConfig(transformers.TrainingArguments):
     """Fields common to all algorithms, on top of `transformers.TrainingArguments`."""
 
     logging_steps: float = option(10, "Log every so many update steps; below 1, as a share of all steps.")
-    gradient_checkpointing: bool | None = option(None, "Recompute activations; null: when the memory estimate needs it.")  # type: ignore[assignment]
+    gradient_checkpointing: bool | None = option(
+        None, "Recompute activations; null: when the memory estimate needs it."
+    )  # type: ignore[assignment]
     bf16: bool | None = option(None, "bf16 autocast; null: on a GPU that supports it.")  # type: ignore[assignment]
     average_tokens_across_devices: bool = option(True, "Weight the loss by tokens over all devices.")
-    model_init_kwargs: dict[str, Any] | None = option(None, "Passed to from_pretrained untouched, for every fresh model.")
+    model_init_kwargs: dict[str, Any] | None = option(
+        None, "Passed to from_pretrained untouched, for every fresh model."
+    )
     trust_remote_code: bool = option(False, "Run code that a model's repository brings.")
-    chat_template_path: str | None = option(None, "A .jinja file, or a tokenizer's directory or id, whose chat template is used.")
+    chat_template_path: str | None = option(
+        None, "A .jinja file, or a tokenizer's directory or id, whose chat template is used."
+    )
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = not self.use_cpu and not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = (
+                not self.use_cpu
+                and not self.fp16
+                and torch.cuda.is_available()
+                and torch.cuda.is_bf16_supported()
+            )
         newer = "activation_checkpointing"  # its name since transformers 5.20; the older one warns there
-        asked = self.gradient_checkpointing if self.gradient_checkpointing is not None else getattr(self, newer, None)
+        asked = (
+            self.gradient_checkpointing
+            if self.gradient_checkpointing is not None
+            else getattr(self, newer, None)
+        )
         self.auto_checkpointing = asked is None
         if hasattr(self, newer):
             self.gradient_checkpointing, self.activation_checkpointing = None, asked
@@ -142,10 +157,8 @@ class BaseTrainer(transformers.Trainer):
                 )
             )
         if processing_class is None:
-            processing_class = load_tokenizer(
-                str(self.recipe.name_or_path if self.recipe else model.config._name_or_path),
-                trust_remote_code=args.trust_remote_code,
-            )
+            source = self.recipe.name_or_path if self.recipe else getattr(model, "name_or_path", None)
+            processing_class = load_tokenizer(str(source), trust_remote_code=args.trust_remote_code)
         settle_tokenizer(
             processing_class,
             chat_template_path=args.chat_template_path,
@@ -176,7 +189,9 @@ class BaseTrainer(transformers.Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self.model_accepts_loss_kwargs = True  # so that transformers counts the labels of the accumulated batch
+        self.model_accepts_loss_kwargs = (
+            True  # so that transformers counts the labels of the accumulated batch
+        )
 
     # -- what an algorithm adds: its batches ------------------------------------------------------------------------
 
@@ -195,7 +210,11 @@ class BaseTrainer(transformers.Trainer):
     @classmethod
     def _arguments(cls, args: Any, model: Any) -> Any:
         if args is None:
-            name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "") or "model"
+            name = (
+                model
+                if isinstance(model, str)
+                else getattr(getattr(model, "config", None), "_name_or_path", "") or "model"
+            )
             return cls.config_class(output_dir=f"{Path(name).name}-{cls.__name__.removesuffix('Trainer')}")
         if isinstance(args, cls.config_class):
             return args
@@ -241,11 +260,11 @@ class BaseTrainer(transformers.Trainer):
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.hyperparameter_search`, with a fresh model for every trial."""
         self.fresh_model()  # fails here, with advice, rather than in the first trial
-        self.model_init = lambda trial=None: self.fresh_model()
+        self.model_init = lambda trial=None: self.fresh_model()  # type: ignore[assignment]
         try:
             return super().hyperparameter_search(*args, **kwargs)
         finally:
-            self.model_init = None
+            self.model_init = None  # type: ignore[assignment]
 
     # -- metrics -------------------------------------------------------------------------------------------------
 
@@ -293,7 +312,9 @@ class BaseTrainer(transformers.Trainer):
                         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> Any:  # fmt: skip
         with self._not_training():
             self.meters["eval"] = Meter()
-            output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
             for name, (total, weight) in self.meters["eval"].take(self._sum_over_processes).items():
                 value = total if name == "num_tokens" else total / weight if weight else math.nan
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
@@ -308,7 +329,9 @@ class BaseTrainer(transformers.Trainer):
         finally:
             self._idle += time.perf_counter() - start
 
-    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             if prediction_loss_only:
@@ -323,7 +346,7 @@ class BaseTrainer(transformers.Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         self.num_tokens, self.meters["train"] = 0, Meter()
-        if resume_from_checkpoint and (saved := Path(resume_from_checkpoint) / _COUNTERS).is_file():
+        if resume_from_checkpoint and (saved := Path(str(resume_from_checkpoint)) / _COUNTERS).is_file():
             state = json.loads(saved.read_text())
             self.num_tokens = state["num_tokens"]
             self.meters["train"].load(state["window"], self.args.device)
@@ -341,11 +364,20 @@ class BaseTrainer(transformers.Trainer):
 
 def _one(name: str, value: Any, old: str, old_value: Any) -> Any:
     if value is not None and old_value is not None:
-        raise UserError(Violation(name, None, f"given twice, as {name} and by its older name {old}", f"pass {name} alone"))
+        raise UserError(
+            Violation(name, None, f"given twice, as {name} and by its older name {old}", f"pass {name} alone")
+        )
     return value if value is not None else old_value
 
 
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "B200": 2250e12}
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "B200": 2250e12,
+}
 
 
 def _gpu_metrics(tokens_per_second: float | None, model: Any, devices: int) -> dict[str, float]:

@@ -30,13 +30,19 @@ class SFTConfig(BaseConfig):
     """`transformers.TrainingArguments` plus the fields of supervised fine-tuning."""
 
     learning_rate: float = option(2e-5, "Peak learning rate of AdamW.")
-    dataset_text_field: str = option("text", "Column with the text of plain rows; a formatting_func's text is put there.")
-    dataset_kwargs: dict[str, Any] | None = option(None, "{skip_prepare_dataset: true} takes the rows as already prepared.")
+    dataset_text_field: str = option(
+        "text", "Column with the text of plain rows; a formatting_func's text is put there."
+    )
+    dataset_kwargs: dict[str, Any] | None = option(
+        None, "{skip_prepare_dataset: true} takes the rows as already prepared."
+    )
     dataset_num_proc: int | None = option(None, "Processes that tokenise.")
     eos_token: str | None = option(None, "Token that ends a text or completion; null: the tokenizer's.")
     pad_token: str | None = option(None, "Token used to pad; null: the tokenizer's, else its EOS.")
     max_length: int | None = option(1024, "Longest row in tokens; longer rows are truncated; null: no limit.")
-    truncation_mode: Literal["keep_start", "keep_end"] = option("keep_start", "Which end of an over-long row is kept.")
+    truncation_mode: Literal["keep_start", "keep_end"] = option(
+        "keep_start", "Which end of an over-long row is kept."
+    )
     shuffle_dataset: bool = option(False, "Shuffle the training rows once before packing.")
     packing: bool = option(False, "Put several rows into one block of max_length tokens.")
     packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = option(
@@ -50,8 +56,12 @@ class SFTConfig(BaseConfig):
     )
     assistant_only_loss: bool = option(False, "Train on the assistant's turns of a conversation only.")
     loss_type: Literal["nll", "dft"] = option("nll", "Negative log-likelihood, or dynamic fine-tuning.")
-    activation_offloading: bool = option(False, "Keep activations in host memory between forward and backward.")
-    router_aux_loss_coef: float | None = option(None, "Weight of a mixture-of-experts' balance loss; null: the model's.")
+    activation_offloading: bool = option(
+        False, "Keep activations in host memory between forward and backward."
+    )
+    router_aux_loss_coef: float | None = option(
+        None, "Weight of a mixture-of-experts' balance loss; null: the model's."
+    )
 
 
 class SFTTrainer(BaseTrainer):
@@ -111,20 +121,28 @@ class SFTTrainer(BaseTrainer):
         config = self.model.config
         if self.args.router_aux_loss_coef is None:
             self.args.router_aux_loss_coef = getattr(config, "router_aux_loss_coef", None)
-        self._balances_experts = bool(self.args.router_aux_loss_coef) and hasattr(config, "output_router_logits")
+        self._balances_experts = bool(self.args.router_aux_loss_coef) and hasattr(
+            config, "output_router_logits"
+        )
 
     def collator(self, args: Any, tokenizer: Any) -> SFTCollator:
         return SFTCollator(tokenizer.pad_token_id, args.padding_free, args.pad_to_multiple_of)
 
     def prepare_data(self, args: Any, tokenizer: Any, train: Any, evaluation: Any) -> tuple[Any, Any]:
         if train is None:
-            raise UserError(Violation("train_dataset", None, "there is nothing to train on", "pass the training rows"))
+            raise UserError(
+                Violation("train_dataset", None, "there is nothing to train on", "pass the training rows")
+            )
         if isinstance(train, IterableDataset):
             if args.max_steps <= 0:
                 raise UserError(
-                    Violation("max_steps", args.max_steps, "streaming data has no known length", "set max_steps")
+                    Violation(
+                        "max_steps", args.max_steps, "streaming data has no known length", "set max_steps"
+                    )
                 )
-            args.accelerator_config.dispatch_batches = False  # packed batches differ in shape between processes
+            args.accelerator_config.dispatch_batches = (
+                False  # packed batches differ in shape between processes
+            )
 
         def ready(rows: Any, where: str, packing: bool) -> Any:
             func = self._formatting_func
@@ -133,7 +151,9 @@ class SFTTrainer(BaseTrainer):
         train = ready(train, "train_dataset", args.packing)
         eval_packing = args.packing if args.eval_packing is None else args.eval_packing
         if isinstance(evaluation, dict):
-            return train, {name: ready(rows, f"eval_dataset[{name}]", eval_packing) for name, rows in evaluation.items()}
+            return train, {
+                name: ready(rows, f"eval_dataset[{name}]", eval_packing) for name, rows in evaluation.items()
+            }
         return train, None if evaluation is None else ready(evaluation, "eval_dataset", eval_packing)
 
     def check_model(self, args: Any, model: Any) -> None:
@@ -180,7 +200,9 @@ class SFTTrainer(BaseTrainer):
             outputs = model(**batch)
             loss_sum, stats = self._from_logits(outputs, labels, num_items_in_batch)
         else:
-            with FusedHead(model, labels, loss_type=self.args.loss_type, want_stats=self.stats_wanted()) as head:
+            with FusedHead(
+                model, labels, loss_type=self.args.loss_type, want_stats=self.stats_wanted()
+            ) as head:
                 outputs = model(**batch)
             loss_sum, stats = head.loss_sum, head.stats
         count = stats.count
@@ -189,10 +211,18 @@ class SFTTrainer(BaseTrainer):
         if stats.entropy_sum is not None:
             meter.add("entropy", stats.entropy_sum, count)
             meter.add("mean_token_accuracy", stats.correct, count)
-        seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else torch.full_like(count, labels.numel())
+        seen = (
+            inputs["attention_mask"].sum()
+            if "attention_mask" in inputs
+            else torch.full_like(count, labels.numel())
+        )
         meter.add("num_tokens", seen, torch.ones_like(seen))
 
-        weight = count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=loss_sum.device)
+        weight = (
+            count
+            if num_items_in_batch is None
+            else torch.as_tensor(num_items_in_batch, device=loss_sum.device)
+        )
         loss = loss_sum / weight.clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data parallelism averages gradients over processes
@@ -212,6 +242,8 @@ class SFTTrainer(BaseTrainer):
             loss_sum = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items) * weight
         elif self.label_smoother is not None and self.args.loss_type == "nll":
             rate = self.label_smoother.epsilon
-            even = -torch.log_softmax(rows.float(), dim=-1).mean(-1).sum()  # cross-entropy against the uniform choice
+            even = (
+                -torch.log_softmax(rows.float(), dim=-1).mean(-1).sum()
+            )  # cross-entropy against the uniform choice
             loss_sum = (1 - rate) * loss_sum + rate * even
         return loss_sum, stats
