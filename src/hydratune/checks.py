@@ -1,7 +1,7 @@
 """Every rule that a run must pass before anything heavy is loaded, one small function each, all told at once.
 
-`check_settings` knows values alone and answers in milliseconds; the others get the device, the tokenizer, and the model's
-outline (its modules on the meta device, without memory).
+Here are the rules on values alone, which answer in milliseconds; those on the device, the tokenizer and the model are in
+`checks_model.py`.
 """
 
 from __future__ import annotations
@@ -35,36 +35,7 @@ class Findings:
             raise UserError(self.errors)
 
 
-@dataclass(frozen=True)
-class DeviceFacts:
-    """What the checks need to know of the device; memory in bytes."""
-
-    kind: str
-    name: str
-    bf16: bool
-    fp16: bool
-    total_bytes: int
-    count: int = 1
-    world_size: int = 1
-    flash_attn: bool = False
-
-
-def device_facts() -> DeviceFacts:
-    """Facts of the device that a run would use."""
-    import torch
-
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        return DeviceFacts(
-            "cuda", torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(), True, total, torch.cuda.device_count(),
-            world, find_spec("flash_attn") is not None,
-        )  # fmt: skip
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return DeviceFacts("cpu", "the CPU", bf16=True, fp16=False, total_bytes=total, world_size=world)
-
-
-def _collect(rules: list[Callable[..., Iterator[Problem]]], *facts: Any) -> Findings:
+def collect(rules: list[Callable[..., Iterator[Problem]]], *facts: Any) -> Findings:
     found = Findings()
     for rule in rules:
         for problem in rule(*facts):
@@ -74,22 +45,7 @@ def _collect(rules: list[Callable[..., Iterator[Problem]]], *facts: Any) -> Find
 
 def check_settings(settings: RunSettings) -> Findings:
     """The rules on values alone."""
-    return _collect(_SETTINGS_RULES, settings)
-
-
-def check_device(settings: RunSettings, device: DeviceFacts) -> Findings:
-    """The rules on precision, attention and quantisation against the device that is there."""
-    return _collect(_DEVICE_RULES, settings, device)
-
-
-def check_tokenizer(tokenizer: Any, settings: RunSettings) -> Findings:
-    """The rules on special tokens and the vocabulary."""
-    return _collect(_TOKENIZER_RULES, tokenizer, settings)
-
-
-def check_model(outline: Any, peft: dict[str, Any] | None, tokenizer: Any, settings: RunSettings) -> Findings:
-    """The rules on the model's modules and sizes against the adapter and the tokenizer."""
-    return _collect(_MODEL_RULES, outline, peft, tokenizer, settings)
+    return collect(_SETTINGS_RULES, settings)
 
 
 def evaluates(settings: RunSettings) -> bool:
@@ -105,7 +61,7 @@ def evaluates(settings: RunSettings) -> bool:
 # ------------------------------------------------------------------ values alone
 
 
-def _packs(settings: RunSettings) -> str | None:
+def packs(settings: RunSettings) -> str | None:
     return next((name for name in ("packing", "padding_free") if settings.algo_options.get(name)), None)
 
 
@@ -181,7 +137,7 @@ def _packing_has_a_length(settings: RunSettings) -> Iterator[Problem]:
 
 
 def _packing_is_exact(settings: RunSettings) -> Iterator[Problem]:
-    name, kind = settings.model.attn_implementation, _packs(settings)
+    name, kind = settings.model.attn_implementation, packs(settings)
     known = ("auto", "sdpa", "eager", "flex_attention", "hydratune_varlen")
     if kind and name not in known and "flash_attention" not in name:
         yield Violation(
@@ -195,10 +151,10 @@ def _packing_is_exact(settings: RunSettings) -> Iterator[Problem]:
 def _adapter_fits_packing(settings: RunSettings) -> Iterator[Problem]:
     kind = (settings.peft or {}).get("type")
     if kind in ("prompt_tuning", "prefix_tuning", "p_tuning", "multitask_prompt_tuning", "cpt") and (
-        packs := _packs(settings)
+        packing := packs(settings)
     ):
         yield Violation(
-            f"algo.{packs}",
+            f"algo.{packing}",
             True,
             f"{kind} puts its tokens before a row, not before each packed document",
             "turn it off, or use peft=lora",
@@ -441,149 +397,4 @@ _SETTINGS_RULES = [
     _quantisation_has_an_adapter, _optimizer_is_installed, _distribution_is_there, _precision_is_one, _template_exists,
     _function_can_be_found, _tracking_is_ours, _output_is_a_directory, _learning_rate_is_sane, _objective_is_logged,
     _resume_goes_on_with_the_same,
-]  # fmt: skip
-
-
-# ------------------------------------------------------------------ the device
-
-
-def _precision_is_supported(settings: RunSettings, device: DeviceFacts) -> Iterator[Problem]:
-    for kind in ("bf16", "fp16"):
-        if settings.algo_options.get(kind) and not getattr(device, kind):
-            yield f"trainer.{kind}=true is not supported on {device.name}: training in fp32"
-    if settings.algo_options.get("tf32") and device.kind != "cuda":
-        yield Violation("trainer.tf32", True, f"{device.name} has no TF32", "leave it out")
-    if settings.model.dtype == "float16" and device.kind == "cpu":
-        yield Violation("model.dtype", "float16", "is not trained on a CPU", "use auto, float32 or bfloat16")
-
-
-def _attention_is_there(settings: RunSettings, device: DeviceFacts) -> Iterator[Problem]:
-    name = settings.model.attn_implementation
-    if "flash_attention" not in name:
-        return
-    if device.kind != "cuda":
-        yield Violation(
-            "model.attn_implementation",
-            name,
-            f"needs a CUDA GPU, here is {device.name}",
-            "use model.attn_implementation=auto",
-        )
-    elif name == "flash_attention_2" and not device.flash_attn:
-        yield Violation(
-            "model.attn_implementation",
-            name,
-            "the package flash-attn is not installed",
-            'pip install "hydratune[flash]", or use auto',
-        )
-
-
-def _quantisation_has_a_gpu(settings: RunSettings, device: DeviceFacts) -> Iterator[Problem]:
-    if settings.model.quantization and device.kind != "cuda":
-        yield Violation(
-            "model.quantization",
-            settings.model.quantization,
-            f"needs a CUDA GPU, here is {device.name}",
-            "use peft=lora",
-        )
-
-
-_DEVICE_RULES = [_precision_is_supported, _attention_is_there, _quantisation_has_a_gpu]
-
-
-# ------------------------------------------------------------------ the tokenizer
-
-
-def _pad_is_not_eos(tokenizer: Any, settings: RunSettings) -> Iterator[Problem]:
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        yield f"the pad token is the EOS token ({tokenizer.eos_token}): padding is masked, but set algo.pad_token if the tokenizer has another"
-
-
-def _vocabulary_is_covered(tokenizer: Any, settings: RunSettings) -> Iterator[Problem]:
-    given = (settings.model.architecture or {}).get("vocab_size")
-    if given and given < len(tokenizer):
-        yield f"model.architecture.vocab_size={given} is raised to the tokenizer's {len(tokenizer)}"
-
-
-_TOKENIZER_RULES = [_pad_is_not_eos, _vocabulary_is_covered]
-
-
-# ------------------------------------------------------------------ the model
-
-
-def _embeddings_hold_the_vocabulary(
-    outline: Any, peft: Any, tokenizer: Any, settings: RunSettings
-) -> Iterator[Problem]:
-    rows = outline.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        yield Violation(
-            "model.tokenizer",
-            settings.model.tokenizer,
-            f"has {len(tokenizer)} tokens, the model embeds {rows}",
-            "use the model's own tokenizer",
-        )
-
-
-def _positions_reach(outline: Any, peft: Any, tokenizer: Any, settings: RunSettings) -> Iterator[Problem]:
-    most = getattr(outline.config.get_text_config(), "max_position_embeddings", None)
-    length = settings.algo_options.get("max_length", 1024)
-    if most and length and length > most:
-        yield f"algo.max_length={length} is longer than the {most} positions that the model was made for"
-
-
-def _modules_exist(
-    outline: Any, peft: dict[str, Any] | None, tokenizer: Any, settings: RunSettings
-) -> Iterator[Problem]:
-    import torch
-
-    names = [name for name, _ in outline.named_modules()]
-    linear = sorted(
-        {n.rsplit(".", 1)[-1] for n, m in outline.named_modules() if isinstance(m, torch.nn.Linear)}
-    )
-    for key in ("target_modules", "modules_to_save"):
-        wanted = (peft or {}).get(key)
-        if not wanted or wanted == "all-linear":
-            continue
-        patterns = [wanted] if isinstance(wanted, str) else list(wanted)
-
-        def matches(pattern: str, regex: bool = isinstance(wanted, str)) -> bool:
-            if regex:
-                return any(re.fullmatch(pattern, n) for n in names)
-            return any(n == pattern or n.endswith(f".{pattern}") for n in names)
-
-        missing = [p for p in patterns if not matches(p)]
-        if missing:
-            yield Violation(
-                f"peft.{key}",
-                ", ".join(missing),
-                "matches no module of this model",
-                f"{nearest(missing[0], linear)} (there are: {', '.join(linear)}; or all-linear)",
-            )
-
-
-def _rank_is_low(
-    outline: Any, peft: dict[str, Any] | None, tokenizer: Any, settings: RunSettings
-) -> Iterator[Problem]:
-    rank, width = (peft or {}).get("r"), getattr(outline.config.get_text_config(), "hidden_size", None)
-    if isinstance(rank, int) and width and rank > width:
-        yield f"peft.r={rank} is above the model's width {width}: the adapter is larger than what it adapts"
-
-
-def _documents_can_be_kept_apart(
-    outline: Any, peft: Any, tokenizer: Any, settings: RunSettings
-) -> Iterator[Problem]:
-    config = outline.config.get_text_config()
-    stateful = "mamba" in str(config.model_type) or "linear_attention" in (
-        getattr(config, "layer_types", None) or []
-    )
-    if stateful and (packs := _packs(settings)):
-        yield Violation(
-            f"algo.{packs}",
-            True,
-            f"{config.model_type} carries a state across documents",
-            f"set algo.{packs}=false",
-        )
-
-
-_MODEL_RULES = [
-    _embeddings_hold_the_vocabulary, _positions_reach, _modules_exist, _rank_is_low, _documents_can_be_kept_apart,
 ]  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydratune import checks
+from hydratune import checks, checks_model
 from hydratune.errors import Interrupted, TrainingFailed, UserError, Violation
 from hydratune.settings import RunSettings
 from hydratune.tracking import (
@@ -76,8 +76,8 @@ def prepare(settings: RunSettings, clock: PhaseClock) -> Job:
 
         attention.register()
         quiet_libraries()
-    device = checks.device_facts()
-    findings = checks.check_device(settings, device)
+    device = checks_model.device_facts()
+    findings = checks_model.check_device(settings, device)
     findings.raise_if_any()
     model = settings.model
     with clock.phase("data"):
@@ -89,14 +89,14 @@ def prepare(settings: RunSettings, clock: PhaseClock) -> Job:
             eos_token=getattr(args, "eos_token", None),
             pad_token=getattr(args, "pad_token", None),
         )
-        findings = findings.merge(checks.check_tokenizer(tokenizer, settings))
+        findings = findings.merge(checks_model.check_tokenizer(tokenizer, settings))
         peft_config = adapters.peft_config(settings.peft)
         dtype = weights_dtype(
             model.dtype, frozen_base=peft_config is not None, bf16=device.kind == "cuda" and device.bf16
         )
         recipe = recipe_from(settings, peft_config, vocab_size=len(tokenizer), dtype=dtype, attention=None)
         outline = recipe.outline()
-        findings = findings.merge(checks.check_model(outline, settings.peft, tokenizer, settings))
+        findings = findings.merge(checks_model.check_model(outline, settings.peft, tokenizer, settings))
         findings.raise_if_any()
         packed = bool(getattr(args, "packing", False) or getattr(args, "padding_free", False))
         chosen = model.attn_implementation
@@ -113,7 +113,7 @@ def prepare(settings: RunSettings, clock: PhaseClock) -> Job:
     return Job(args, tokenizer, train, evaluation, eval_rows, recipe, made)
 
 
-def _arguments(settings: RunSettings, device: checks.DeviceFacts) -> Any:
+def _arguments(settings: RunSettings, device: checks_model.DeviceFacts) -> Any:
     from hydratune import algos
 
     config_class, _ = algos.classes(settings.algo)

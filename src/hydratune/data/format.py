@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import datasets
 
 from hydratune.data.read import ORIGIN, shorten
 from hydratune.data.shapes import Faults, alpaca_of, messages_of, pair_of, text_of, token_row, with_system
+from hydratune.data.table import as_json_text, to_dataset
 from hydratune.errors import UserError, Violation, nearest
 from hydratune.settings import DataSettings
 
@@ -26,11 +28,6 @@ _EXTRAS = ("tools", "chat_template_kwargs")
 _BATCH = 1000
 
 
-def as_json_text(value: Any) -> str | None:
-    """Free-form values (`tools`) as JSON text, so that one column can hold them; text and null are left as they are."""
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
 def resolve(path: str) -> Callable[[dict[str, Any]], Any]:
     """The function at a dotted path, e.g. `my_rows.to_text`.
 
@@ -39,18 +36,24 @@ def resolve(path: str) -> Callable[[dict[str, Any]], Any]:
     """
     module, _, name = path.replace(":", ".").rpartition(".")
     key = "data.formatting_func"
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a function beside the user's own files, wherever train.py is
     try:
-        found = getattr(import_module(module), name, None) if module else None
+        home = import_module(module) if module else None
     except ImportError as error:
         raise UserError(
             Violation(
                 key, path, f"cannot be imported ({error})", "give module.function of a module on PYTHONPATH"
             )
         ) from error
+    found = getattr(home, name, None)
     if not callable(found):
-        raise UserError(
-            Violation(key, path, "is not a function of an importable module", "give module.function")
+        near = (
+            nearest(name, [n for n, v in vars(home).items() if callable(v)])
+            if home
+            else "give module.function"
         )
+        raise UserError(Violation(key, path, "is not a function of an importable module", near))
     return found
 
 
@@ -109,7 +112,6 @@ def format_rows(
 
     if not isinstance(dataset, datasets.Dataset):
         return _lazily(dataset, convert, where)
-    from hydratune.data.load import to_dataset
 
     faults, rows, first = Faults(), [], 0
     plain = dataset.with_format(None)

@@ -7,10 +7,10 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 
 from hydratune.data import builtin
 from hydratune.data.read import ORIGIN, files_of, read_rows
+from hydratune.data.table import to_dataset
 from hydratune.errors import UserError, Violation, nearest
 from hydratune.settings import DataSettings
 
@@ -167,54 +167,3 @@ def _local(path: str, key: str, streaming: bool) -> Any:
     if wrong:
         raise UserError(wrong)
     return to_dataset(rows)
-
-
-def to_dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
-    """Rows as an in-memory data set; a column whose values do not share one type is told with its first odd row.
-
-    `tools` and `chat_template_kwargs` are kept as JSON text, because their values are free-form.
-
-    Raises:
-        UserError: for each column of mixed types.
-    """
-    from hydratune.data.format import as_json_text
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    columns, wrong = {}, []
-    for name in names:
-        values = [row.get(name) for row in rows]
-        if name in ("tools", "chat_template_kwargs"):
-            values = [as_json_text(value) for value in values]
-        try:
-            columns[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
-            wrong.append(_odd_row(rows, values, name, error))
-    if wrong:
-        raise UserError(wrong)
-    return datasets.Dataset(pa.table(columns))
-
-
-def _odd_row(rows: list[dict[str, Any]], values: list[Any], name: str, error: Exception) -> Violation:
-    low, high = 0, len(values)  # the shortest prefix that fails ends at the odd row
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            pa.array(values[:middle])
-            low = middle
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
-            high = middle
-    where = rows[high - 1].get(ORIGIN, f"row {high}")
-    if isinstance(error, UnicodeEncodeError):
-        return Violation(
-            f"{where}, column {name}",
-            None,
-            "holds half of a surrogate pair, which is no text",
-            "repair the escape",
-        )
-    said = str(error).splitlines()[0]
-    return Violation(
-        f"{where}, column {name}",
-        None,
-        f"has another type than the rows before it ({said})",
-        "give the column one type in all rows",
-    )
