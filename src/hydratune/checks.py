@@ -163,6 +163,8 @@ def _adapter_fits_packing(settings: RunSettings) -> Iterator[Problem]:
 
 def _loss_fits_rows(settings: RunSettings) -> Iterator[Problem]:
     options, form = settings.algo_options, settings.data.format
+    if settings.data.formatting_func:
+        return  # its rows are judged when they are there
     if options.get("completion_only_loss") and form in ("text", "messages", "sharegpt"):
         yield Violation(
             "algo.completion_only_loss",
@@ -207,15 +209,16 @@ def _best_model_matches(settings: RunSettings) -> Iterator[Problem]:
             f"evaluation is by {evaluation}, saving by {saving}",
             f"set trainer.save_strategy={evaluation}",
         )
-    elif evaluation == "steps" and options.get("save_steps", 500) % (
-        options.get("eval_steps") or options.get("logging_steps", 10)
-    ):
-        yield Violation(
-            "trainer.save_steps",
-            options.get("save_steps", 500),
-            "is no multiple of trainer.eval_steps, so the best step may not be saved",
-            "make it one",
-        )
+    elif evaluation == "steps":
+        every = options.get("eval_steps") or options.get("logging_steps") or 10
+        ratio = options.get("save_steps", 500) / every
+        if abs(ratio - round(ratio)) > 1e-6:
+            yield Violation(
+                "trainer.save_steps",
+                options.get("save_steps", 500),
+                f"is no multiple of trainer.eval_steps={every}, so the best step may not be saved",
+                "make it one",
+            )
 
 
 def _quantisation_has_an_adapter(settings: RunSettings) -> Iterator[Problem]:
@@ -237,7 +240,8 @@ def _quantisation_has_an_adapter(settings: RunSettings) -> Iterator[Problem]:
 
 
 _OPTIMIZER_PACKAGES = (
-    (r"bnb|8bit|paged", "bitsandbytes"), (r"galore", "galore_torch"), (r"lomo", "lomo_optim"), (r"grokadamw", "grokadamw"),
+    (r"bnb|8bit|paged|ademamix|lion", "bitsandbytes"), (r"galore", "galore_torch"), (r"lomo", "lomo_optim"), (r"grokadamw", "grokadamw"),
+    (r"anyprecision", "torchdistx"),
     (r"schedule_free", "schedulefree"), (r"apollo", "apollo_torch"), (r"stable_adamw", "optimi"), (r"torch_4bit|torch_8bit", "torchao"),
 )  # fmt: skip
 
@@ -335,6 +339,8 @@ _LOGGED_IN_TRAINING = (
     "tokens_per_second",
     "train_loss",
     "train_runtime",
+    "peak_memory_gib",
+    "mfu",
 )
 
 

@@ -36,7 +36,7 @@ def device_facts() -> DeviceFacts:
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         return DeviceFacts(
-            "cuda", torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(), True, total, torch.cuda.device_count(),
+            "cuda", torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(including_emulation=False), True, total, torch.cuda.device_count(),
             world, find_spec("flash_attn") is not None,
         )  # fmt: skip
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -155,13 +155,16 @@ def _modules_exist(
     )
     for key in ("target_modules", "modules_to_save"):
         wanted = (peft or {}).get(key)
-        if not wanted or wanted == "all-linear":
+        if not wanted or str(wanted).lower() == "all-linear":
             continue
         patterns = [wanted] if isinstance(wanted, str) else list(wanted)
 
         def matches(pattern: str, regex: bool = isinstance(wanted, str)) -> bool:
             if regex:
-                return any(re.fullmatch(pattern, n) for n in names)
+                try:
+                    return any(re.fullmatch(pattern, n) for n in names)
+                except re.error:
+                    return False
             return any(n == pattern or n.endswith(f".{pattern}") for n in names)
 
         missing = [p for p in patterns if not matches(p)]
@@ -186,8 +189,12 @@ def _documents_can_be_kept_apart(
     outline: Any, peft: Any, tokenizer: Any, settings: RunSettings
 ) -> Iterator[Problem]:
     config = outline.config.get_text_config()
-    stateful = "mamba" in str(config.model_type) or "linear_attention" in (
-        getattr(config, "layer_types", None) or []
+    kinds = {
+        *(getattr(config, "layer_types", None) or []),
+        *(getattr(config, "layers_block_type", None) or []),
+    }
+    stateful = kinds & {"linear_attention", "mamba", "mamba2", "recurrent"} or re.search(
+        "mamba|rwkv", str(config.model_type)
     )
     if stateful and (packing := packs(settings)):
         yield Violation(

@@ -72,7 +72,10 @@ _RANGES = {
         _NOT_NEGATIVE,
     ),
     **dict.fromkeys(["save_steps", "dataloader_num_workers", "samples", "eval_delay"], _NOT_NEGATIVE),
-    **dict.fromkeys(["epochs", "num_train_epochs", "adam_epsilon", "lora_alpha", "eval_steps"], _POSITIVE),
+    **dict.fromkeys(
+        ["epochs", "num_train_epochs", "adam_epsilon", "lora_alpha", "eval_steps", "neftune_noise_alpha"],
+        _POSITIVE,
+    ),
     **dict.fromkeys(
         ["batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "accumulation"],
         _AT_LEAST_ONE,

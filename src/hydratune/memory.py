@@ -102,7 +102,7 @@ def load_of(
         trained_width=width if count == parameters else 4,  # adapters are kept in fp32
         width=width,
         hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         kv=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
         layers=config.num_hidden_layers,
         vocabulary=config.vocab_size,

@@ -56,11 +56,12 @@ def run(settings: RunSettings) -> float | None:
         TrainingFailed: the loss is not finite, or memory ran out; the run directory says so.
         Interrupted: stopped by Ctrl-C or SIGTERM after a checkpoint.
     """
-    checks.check_settings(settings).raise_if_any()
+    findings = checks.check_settings(settings)
+    findings.raise_if_any()
     clock = PhaseClock()
     with clock.phase("imports"):
         from hydratune import plan as plans
-    job = prepare(settings, clock)
+    job = prepare(settings, clock, findings)
     if _is_main_process():
         plans.show(job.plan)
     if settings.check:
@@ -68,7 +69,7 @@ def run(settings: RunSettings) -> float | None:
     return _train(settings, job, clock)
 
 
-def prepare(settings: RunSettings, clock: PhaseClock) -> Job:
+def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings) -> Job:
     """Everything up to the weights: device, arguments, tokenizer, data, recipe and plan, checked together."""
     with clock.phase("imports"):
         from hydratune import adapters, attention, plan
@@ -77,7 +78,7 @@ def prepare(settings: RunSettings, clock: PhaseClock) -> Job:
         attention.register()
         quiet_libraries()
     device = checks_model.device_facts()
-    findings = checks_model.check_device(settings, device)
+    findings = findings.merge(checks_model.check_device(settings, device))
     findings.raise_if_any()
     model = settings.model
     with clock.phase("data"):

@@ -53,7 +53,7 @@ class BaseConfig(transformers.TrainingArguments):
                 not self.use_cpu
                 and not self.fp16
                 and torch.cuda.is_available()
-                and torch.cuda.is_bf16_supported()
+                and torch.cuda.is_bf16_supported(including_emulation=False)
             )
         newer = "activation_checkpointing"  # its name since transformers 5.20; the older one warns there
         asked = (

@@ -40,10 +40,13 @@ def resolve(path: str) -> Callable[[dict[str, Any]], Any]:
         sys.path.insert(0, str(Path.cwd()))  # a function beside the user's own files, wherever train.py is
     try:
         home = import_module(module) if module else None
-    except ImportError as error:
+    except Exception as error:  # whatever the user's module raises
         raise UserError(
             Violation(
-                key, path, f"cannot be imported ({error})", "give module.function of a module on PYTHONPATH"
+                key,
+                path,
+                f"cannot be imported ({type(error).__name__}: {error})",
+                "give module.function of a module on PYTHONPATH",
             )
         ) from error
     found = getattr(home, name, None)

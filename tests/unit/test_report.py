@@ -1,0 +1,106 @@
+"""The report is made from whatever a run left, escapes what it shows, and asks nothing of anyone."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import yaml
+
+from hydratune.card import write_card
+from hydratune.report import write_report
+
+HOSTILE = "<script>alert('x')</script> & \"quotes\" [b]"
+SUMMARY = {
+    "run_name": HOSTILE, "status": "completed", "algo": "sft", "model": "tiny", "data": "arithmetic", "peft": "none",
+    "objective": {"name": "eval_loss", "value": 1.0}, "metrics": {"final": {"loss": 1.5, "eval_loss": 1.0}, "best": {"loss": 1.2}},
+    "steps": 3, "tokens": 1234, "seconds": {"training": 61.0}, "tokens_per_second": 20.0, "peak_memory": {"bytes": 2**30, "kind": "host"},
+    "seed": 1, "device": "CPU", "versions": {"torch": "2.13"}, "git_commit": None, "command": f"python train.py {HOSTILE}",
+}  # fmt: skip
+
+
+def fill(folder, *, events=3, torn=False):
+    lines = [
+        json.dumps(
+            {
+                "step": i + 1,
+                "loss": 2.0 - i / 3,
+                "eval_loss": 2.1 - i / 3,
+                "learning_rate": 1e-3,
+                "grad_norm": None,
+            }
+        )
+        for i in range(events)
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + ('\n{"step": 9, "lo' if torn else "\n"))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"model": {"name_or_path": HOSTILE}, "lr": 0.1, "empty": None})
+    )
+    (folder / "samples.jsonl").write_text(
+        json.dumps({"prompt": HOSTILE, "completion": "  4\n5", "reference": "4", "correct": False})
+    )
+
+
+def test_what_is_shown_is_escaped_and_nothing_is_requested(tmp_path):
+    fill(tmp_path)
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert not re.findall(r"""(?:src|href)=["']?(?!#)[^"'> ]+""", page)
+    assert not re.findall(r"url\((?!#)[^)]+\)", page) and "@import" not in page
+    assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_charts_hold_the_data_and_their_ids_do_not_clash(tmp_path):
+    fill(tmp_path)
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2  # loss with eval_loss, learning rate; grad_norm was never a number
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert all(f'id="{target}"' in page for target in re.findall(r'xlink:href="#([^"]+)"', page))
+    assert "var(--train)" in page and "var(--eval)" in page
+
+
+def test_torn_and_missing_files_never_fail_it(tmp_path):
+    fill(tmp_path, torn=True)
+    write_report(tmp_path)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    write_report(bare)
+    assert "No metric was logged" in (bare / "report.html").read_text()
+    (bare / "summary.json").write_text("{torn")
+    (bare / "config.yaml").write_text(": : :")
+    (bare / "samples.jsonl").write_text("{torn")
+    write_report(bare)
+
+
+def test_one_step_is_drawn(tmp_path):
+    fill(tmp_path, events=1)
+    write_report(tmp_path)
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def front_matter(folder) -> dict:
+    return yaml.safe_load((folder / "README.md").read_text().split("---")[1])
+
+
+def test_a_card_names_a_hub_base_and_hides_a_local_one(tmp_path):
+    fill(tmp_path)
+    model = tmp_path / "model"
+    model.mkdir()
+    for base, shown in (("Qwen/Qwen2.5-0.5B", True), (str(tmp_path), False)):
+        (tmp_path / "config.yaml").write_text(
+            yaml.safe_dump({"model": {"name_or_path": base}, "algo": {"packing": True}})
+        )
+        write_card(model, tmp_path)
+        assert (front_matter(model).get("base_model") == base) is shown
+        assert shown or str(tmp_path.parent) not in (model / "README.md").read_text()
+    assert front_matter(model)["library_name"] == "transformers"
+    (model / "adapter_config.json").write_text("{}")
+    write_card(model, tmp_path)
+    assert front_matter(model)["library_name"] == "peft"
+    text = (model / "README.md").read_text()
+    assert "| eval_loss | 1 |" in text and "AutoPeftModelForCausalLM" in text and "torch 2.13" in text
