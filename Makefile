@@ -39,7 +39,6 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/sft.py
-	$(BIN)/python bench/fused_head.py
 
 clean:
 	rm -rf $(VENV)
