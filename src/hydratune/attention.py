@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -131,18 +130,15 @@ def _attend(
         and _varlen() is not None
     ):
         return _torch_varlen(query, key, value, boundaries, kwargs.get("max_length_q"), scaling), None
-    edges = boundaries.tolist()
+    lengths = boundaries.diff().tolist()
+    # split and not slices: the backward of a slice fills a tensor of the whole length, for every document
+    documents = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    grouped = query.shape[1] != key.shape[1]
     parts = [
         F.scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            dropout_p=dropout,
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
         )
-        for start, end in pairwise(edges)
+        for q, k, v in documents
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
