@@ -119,7 +119,9 @@ class RunTracker:
 
     def start(self, extra_config: dict[str, Any] | None = None) -> None:
         """Open the W&B run, unless tracking is off. Never fails and never waits for long."""
-        mode = os.environ.get("WANDB_MODE") or self._settings.tracking.wandb
+        mode: str = self._settings.tracking.wandb
+        if mode in ("auto", "online"):  # what asks for less than the environment stays
+            mode = os.environ.get("WANDB_MODE") or mode
         if mode == "disabled":
             return
         import wandb

@@ -156,10 +156,11 @@ def test_plain_lines_when_piped():
     assert "\x1b" not in out.getvalue()
 
 
-def test_a_bar_on_a_terminal_and_no_colour_when_asked(monkeypatch):
-    monkeypatch.setenv("NO_COLOR", "1")
+def test_a_bar_on_a_terminal_and_no_colour_when_asked():
     out = io.StringIO()
-    progress = ProgressCallback(Console(file=out, force_terminal=True, width=120))
+    progress = ProgressCallback(
+        Console(file=out, force_terminal=True, width=120, _environ={"NO_COLOR": "1", "TERM": "xterm"})
+    )
     progress.on_train_begin(None, state(0), None)
     progress.on_log(None, state(5), None, {"loss": 1.5})
     progress.on_train_end(None, state(10), None)
