@@ -6,6 +6,7 @@ that lists all that is wrong, and leaves no directory behind. Nothing here impor
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 CONF = Path(__file__).resolve().parent / "conf"
+SWEEPS = CONF.parent / "sweeps"
 _PICKED_BY = {"model.name_or_path": "model=local", "data.path": "data=local", "data.name": "data=hub"}
 _MOST_VALUES = 64  # of one swept key that are checked up front
 
@@ -24,8 +26,10 @@ hydratune: experiments and sweeps for LLM post-training
   python train.py                                             the embedded default: a small model, built-in data
   python train.py algo=sft model=qwen2.5_0.5b data=capybara peft=lora lr=1e-4
   python train.py model.name_or_path=DIR data.path=FILE.jsonl any model, any jsonl, json, csv or parquet file
-  python train.py -m lr=1e-5,2e-5                             one run for each value
-  python train.py resume=outputs/DATE/TIME-NAME               go on where a run stopped
+  python train.py -m lr=1e-5,2e-5                             a sweep: one trial for each value
+  python train.py -m lr='tag(log,interval(1e-6,1e-3))' peft.r=8,16 peft=lora sweep.n_trials=30
+  python train.py -m sweep=sft_lora                           a search kept in sweeps/sft_lora.yaml
+  python train.py resume=outputs/DATE/TIME-NAME               go on where a run, or a sweep, stopped
   python train.py check=true …                                only the checks and the plan, no training
   accelerate launch train.py trainer=fsdp …                   several GPUs
 
@@ -38,10 +42,11 @@ Shortcuts, set as KEY=VALUE:
 Fields, without +:
   trainer.FIELD  of transformers.TrainingArguments       algo.FIELD   of the algorithm's own config
   peft.FIELD     of the peft config (peft.r=16)          model.FIELD  data.FIELD  tracking.FIELD
+  sweep.FIELD    with -m: n_trials, sampler, pruner, workers, executor, storage, … (docs/options.md)
   model.init_kwargs.NAME=VALUE goes to from_pretrained untouched.
 
 --cfg job shows the composed config, debug=true a traceback, --hydra-help what else Hydra can do.
-Exit codes: 0 done, 2 config or data is wrong, 3 training failed, 130 interrupted and resumable.
+Exit codes: 0 done, 2 config or data is wrong, 3 training failed, 4 pruned by its sweep, 130 interrupted and resumable.
 """
 
 
@@ -54,14 +59,19 @@ def main(argv: list[str] | None = None) -> int:
     show = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0") or bool(
         {"debug=true", "debug=True"} & set(typed)
     )
-    from hydratune.errors import Interrupted, TrainingFailed, UserError
+    from hydratune.errors import Interrupted, Pruned, TrainingFailed, UserError
+    from hydratune.sweep import trial
 
+    current = trial.current()  # a sweep's trial writes down how it ended
     before, argv_before = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing and exiting
     try:
-        _hydra(resumed(typed), typed)
+        if current is None:
+            _hydra(resumed(typed), typed)
+        else:
+            current.judge(lambda: _hydra(resumed(typed), typed, checked=True))
         return 0
-    except (UserError, TrainingFailed, KeyboardInterrupt) as error:
+    except (UserError, TrainingFailed, Pruned, KeyboardInterrupt) as error:
         if show:
             traceback.print_exc()
         print(message(error), file=sys.stderr)
@@ -78,6 +88,19 @@ def message(error: BaseException) -> str:
         return f"error: {error}" if str(error) else "interrupted"
     what = "1 problem" if len(violations) == 1 else f"{len(violations)} problems"
     return "\n".join([f"error: {what} in the configuration or data", *(f"  {v}" for v in violations)])
+
+
+def warm(argv: list[str]) -> None:
+    """Hold the data and the weights of a command line's run in this process, for the trials forked from it."""
+    from hydra import compose, initialize_config_dir
+
+    from hydratune.config import parse
+    from hydratune.run import warm
+
+    _register_resolvers({})
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=rewrite(argv), return_hydra_config=True)
+    warm(parse(cfg, choices=dict(cfg.hydra.runtime.choices), overrides=argv, conf=CONF))
 
 
 def help_text() -> str:
@@ -98,7 +121,17 @@ def group_names() -> list[str]:
 
 
 def entries(group: str) -> list[str]:
+    if group == "sweep":
+        return ["none", *sorted(p.stem for p in SWEEPS.glob("*.yaml"))]
     return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+def kept_search(name: str) -> dict[str, Any]:
+    """A search of `sweeps/`: the fields of `SweepSettings` that it sets."""
+    import yaml
+
+    path = SWEEPS / f"{name}.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
 
 # ------------------------------------------------------------------ Hydra
@@ -107,11 +140,22 @@ def entries(group: str) -> list[str]:
 def resumed(typed: list[str]) -> list[str]:
     """The command line of `resume=RUN`: the overrides that the run was started with, those given now after them.
 
-    The run goes on in its own directory. A directory that holds no run is left to the checks, which say so.
+    The run goes on in its own directory, and so does a sweep, which its study's name stands for as well. A directory
+    that holds neither is left to the checks, which say so.
     """
     given = next((a.partition("=")[2].strip("'\"") for a in typed if a.startswith("resume=")), "")
     run = Path(given).expanduser()
+    if given and not run.exists() and (Path("outputs/sweeps") / given).is_dir():
+        run = Path("outputs/sweeps") / given
     run = run.parent.parent if run.name.startswith("checkpoint-") else run
+    if given and (command := run / "command.json").is_file():
+        mine = {_key(a) for a in typed}
+        before = [
+            a for a in json.loads(command.read_text(encoding="utf-8")) if _key(a) not in mine or a[:1] == "-"
+        ]
+        before = [a for a in before if _key(a) not in ("output_dir", "check")]
+        now = [a for a in typed if _key(a) != "resume" and a not in ("-m", "--multirun")]
+        return [*before, f"output_dir='{run}'", *now]
     saved = run / ".hydra" / "overrides.yaml"
     if not given or not saved.is_file():
         return typed
@@ -128,8 +172,8 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _hydra(typed: list[str], shown: list[str]) -> None:
-    """Checks the command line, then lets Hydra compose and start the run, or the runs of a sweep."""
+def _hydra(typed: list[str], shown: list[str], *, checked: bool = False) -> Any:
+    """Checks the command line, then lets Hydra compose and start the run, or the sweep; gives what the run returns."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -137,17 +181,19 @@ def _hydra(typed: list[str], shown: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from hydratune.config import parse
-    from hydratune.errors import TrainingFailed, UserError, Violation
+    from hydratune.errors import Pruned, TrainingFailed, UserError, Violation
 
     absent: dict[Path, list[Path]] = {}
     _register_resolvers(absent)
     args = _arguments(typed)
-    overrides = rewrite(args.overrides)
+    overrides = rewrite(with_kept_search(args.overrides))
+    _register_searches()
     options = [a for a in typed if a not in args.overrides]
     command = shlex.join(["python", "train.py", *shown])
     stopped: list[BaseException] = []
+    returned: list[Any] = []
 
-    def task(cfg: DictConfig) -> float | None:
+    def task(cfg: DictConfig) -> float | list[float] | None:
         runtime = HydraConfig.get()
         try:
             settings = parse(
@@ -163,8 +209,9 @@ def _hydra(typed: list[str], shown: list[str]) -> None:
             value = run(settings)
             if settings.check and not args.multirun:
                 _remove_unused(Path(settings.output_dir), absent)
+            returned.append(value)
             return value
-        except (UserError, TrainingFailed) as error:
+        except (UserError, TrainingFailed, Pruned) as error:
             if args.multirun:
                 raise
             stopped.append(error)  # raised below: Hydra would print a line of its own on the way
@@ -172,7 +219,8 @@ def _hydra(typed: list[str], shown: list[str]) -> None:
 
     try:
         if not (
-            args.info
+            checked
+            or args.info
             or args.hydra_help
             or args.shell_completion
             or args.experimental_rerun
@@ -187,6 +235,7 @@ def _hydra(typed: list[str], shown: list[str]) -> None:
         for path in list(absent):
             _remove_unused(path, absent)
         raise stopped[0]
+    return returned[0] if returned else None
 
 
 def _remove_unused(directory: Path, absent: dict[Path, list[Path]]) -> None:
@@ -219,6 +268,34 @@ def _register_resolvers(absent: dict[Path, list[Path]]) -> None:
         return str(path)
 
     OmegaConf.register_new_resolver("hydratune_dir", directory, replace=True)
+
+
+def _register_searches() -> None:
+    """Every file of `sweeps/` is an entry of the group `sweep`."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for name in entries("sweep")[1:]:
+        store.store(group="sweep", name=name, node=kept_search(name), package="sweep")
+
+
+def with_kept_search(overrides: list[str]) -> list[str]:
+    """The overrides, with what `sweep=NAME` starts from before them and what it searches after them.
+
+    A key that is set on the command line, to a value or to several, is left as it is there.
+    """
+    name = next((o.partition("=")[2] for o in overrides if o.startswith("sweep=")), "none")
+    search, mine = kept_search(name), {_key(o) for o in overrides}
+    before = [o for o in search.get("base") or [] if _key(o) not in mine]
+    space = {k: v for k, v in (search.get("space") or {}).items() if k not in mine}
+    return [*before, *overrides, *(f"{key}={as_values(values)}" for key, values in space.items())]
+
+
+def as_values(values: Any) -> str:
+    """Values of a search's file in the grammar of the command line: a list stands for its items."""
+    from hydratune.sweep.job import text
+
+    return ",".join(text(v) for v in values) if isinstance(values, list) else str(values)
 
 
 def _arguments(typed: list[str]) -> Any:
@@ -289,6 +366,7 @@ def check_command(overrides: list[str], *, multirun: bool, args: Any) -> None:
     from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
+    from hydratune.checks import check_settings
     from hydratune.config import parse
     from hydratune.errors import UserError, Violation
 
@@ -320,7 +398,9 @@ def check_command(overrides: list[str], *, multirun: bool, args: Any) -> None:
                 cfg = compose(args.config_name or "train", overrides=variant, return_hydra_config=True)
                 choices = dict(cfg.hydra.runtime.choices)
                 if args.cfg is None:
-                    parse(cfg, choices=choices, overrides=variant, conf=CONF)
+                    settings = parse(cfg, choices=choices, overrides=variant, conf=CONF)
+                    if multirun:  # a run checks itself; of a sweep, nothing shall start that cannot work
+                        check_settings(settings).raise_if_any()
             except UserError as error:
                 violations += error.violations
             except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -338,6 +418,9 @@ def _check_override(parsed: Any, *, multirun: bool, own_files: bool) -> Iterator
     key, groups = parsed.key_or_group, group_names()
     shown = parsed.get_value_string() if parsed.value_type is not None else None
     if key.partition(".")[0].partition("/")[0] == "hydra":
+        return
+    if key.partition(".")[0] == "sweep" and not multirun and shown != "none":
+        yield Violation(key, shown, "is of a sweep, this is one run", "add -m")
         return
     if parsed.is_sweep_override() and not multirun:
         as_list = f"; a list is {key}=[{shown}]" if "." in key else ""

@@ -14,7 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hydratune.checkpoints import last_checkpoint
 from hydratune.errors import UserError, Violation, nearest
+from hydratune.functions import resolve
+from hydratune.objective import FACTS, named
 from hydratune.settings import RunSettings
 
 Problem = Violation | str  # a violation ends the run, a text is a warning
@@ -301,8 +304,6 @@ def _template_exists(settings: RunSettings) -> Iterator[Problem]:
 
 def _function_can_be_found(settings: RunSettings) -> Iterator[Problem]:
     if settings.data.formatting_func:
-        from hydratune.data.format import resolve
-
         try:
             resolve(settings.data.formatting_func)
         except UserError as error:
@@ -345,20 +346,25 @@ _LOGGED_IN_TRAINING = (
 
 
 def _objective_is_logged(settings: RunSettings) -> Iterator[Problem]:
-    name = settings.objective
-    evaluation = [f"eval_{m}" for m in _LOGGED] if evaluates(settings) else []
-    known = [
-        *_LOGGED_IN_TRAINING,
-        *evaluation,
-        *(["verified_accuracy"] if settings.data.source == "builtin" else []),
-    ]
-    if name and name not in known:
-        why = (
-            "there are no evaluation rows"
-            if name.startswith("eval_") and not evaluation
-            else "no such metric is logged"
+    try:
+        objectives = named(settings.objective)
+    except ValueError as error:
+        yield Violation(
+            "objective", settings.objective, str(error), "write METRIC, METRIC:best or METRIC:mean3"
         )
+        return
+    known = loggable(settings)
+    for name in [o.metric for o in objectives if o.metric not in known]:
+        no_rows = name.startswith("eval_") and not evaluates(settings)
+        why = "there are no evaluation rows" if no_rows else "no such metric is logged"
         yield Violation("objective", name, why, f"{nearest(name, known)} (logged: {', '.join(known)})")
+
+
+def loggable(settings: RunSettings) -> list[str]:
+    """Every metric that a run with these settings logs, and the facts of its summary."""
+    evaluation = [f"eval_{m}" for m in _LOGGED] if evaluates(settings) else []
+    verified = ["verified_accuracy"] if settings.data.source == "builtin" else []
+    return [*dict.fromkeys([*_LOGGED_IN_TRAINING, *evaluation, *verified, *FACTS])]
 
 
 def _resume_goes_on_with_the_same(settings: RunSettings) -> Iterator[Problem]:
@@ -371,7 +377,7 @@ def _resume_goes_on_with_the_same(settings: RunSettings) -> Iterator[Problem]:
     if not folder.is_dir():
         yield Violation("resume", settings.resume, "there is no such directory", "give a run's directory")
         return
-    if not folder.name.startswith("checkpoint-") and not list(folder.glob("checkpoints/checkpoint-*")):
+    if not folder.name.startswith("checkpoint-") and not last_checkpoint(folder):
         yield Violation(
             "resume",
             settings.resume,

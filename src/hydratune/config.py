@@ -27,9 +27,9 @@ from hydratune.options import (
     describe,
     options_of,
 )
-from hydratune.settings import DataSettings, ModelSettings, RunSettings, TrackingSettings
+from hydratune.settings import DataSettings, ModelSettings, RunSettings, SweepSettings, TrackingSettings
 
-SECTIONS = ("model", "data", "peft", "algo", "trainer", "tracking")
+SECTIONS = ("model", "data", "peft", "algo", "trainer", "tracking", "sweep")
 SHORTCUTS = {
     "lr": Option("lr", "float | None", None, "learning rate", "train.yaml"),
     "seed": Option("seed", "int", 42, "random seed", "train.yaml"),
@@ -37,7 +37,13 @@ SHORTCUTS = {
     "max_steps": Option("max_steps", "int | None", None, "update steps, instead of epochs", "train.yaml"),
     "batch_size": Option("batch_size", "int | None", None, "rows per device and step", "train.yaml"),
     "accumulation": Option("accumulation", "int | None", None, "batches per update step", "train.yaml"),
-    "objective": Option("objective", "str | None", None, "metric that the run returns", "train.yaml"),
+    "objective": Option(
+        "objective",
+        "str | list[str] | None",
+        None,
+        "metric that the run returns, as METRIC or METRIC:best or METRIC:mean3 (default: its last value)",
+        "train.yaml",
+    ),
     "run_name": Option("run_name", "str | None", None, "name of the run", "train.yaml"),
     "output_dir": Option("output_dir", "str | None", None, "put the run exactly here", "train.yaml"),
     "resume": Option("resume", "str | None", None, "run directory to go on with", "train.yaml"),
@@ -85,6 +91,9 @@ _RANGES = {
         _AT_LEAST_ONE,
     ),
     **dict.fromkeys(["num_proc", "dataset_num_proc", "pad_to_multiple_of", "sample_tokens"], _AT_LEAST_ONE),
+    **dict.fromkeys(["n_trials", "max_failures", "trials_per_gpu"], _AT_LEAST_ONE),
+    **dict.fromkeys(["timeout", "lease"], _POSITIVE),
+    **dict.fromkeys(["gpus_per_trial", "max_retries"], _NOT_NEGATIVE),
     **dict.fromkeys(["eval_fraction", "lora_dropout", "adam_beta1", "adam_beta2"], _SHARE),
     "max_steps": _STEPS,
     **dict.fromkeys(["seed", "data_seed"], _SEED),
@@ -155,6 +164,7 @@ def parse(
     tracking = _values(
         "tracking", parts["tracking"], options_of("hydratune.settings:TrackingSettings"), found
     )
+    sweep = _values("sweep", parts["sweep"], options_of("hydratune.settings:SweepSettings"), found)
     peft = _peft(parts["peft"], found)
     algo_name, algo_values, trainer_values = _algorithm(parts["algo"], parts["trainer"], found)
     of_run, algo_options = _merge(top, algo_values, trainer_values, found)
@@ -163,6 +173,7 @@ def parse(
     if found.violations:
         raise UserError(found.violations)
 
+    plain.pop("sweep", None)  # a trial's config is that of a run
     resolved = {**plain, **top, **of_run, "model": parts["model"] | model, "data": parts["data"] | data}
     resolved |= {
         "tracking": parts["tracking"] | tracking,
@@ -183,6 +194,7 @@ def parse(
         data=DataSettings(**data),
         peft=peft,
         tracking=TrackingSettings(**tracking),
+        sweep=SweepSettings(**sweep),
         output_dir=output_dir or top.get("output_dir") or "",
         seed=of_run.get("seed", 42),
         run_name=of_run.get("run_name"),
@@ -307,8 +319,8 @@ def _training() -> dict[str, Option]:
 def _declared_elsewhere() -> dict[str, Iterable[str]]:
     algorithm = options_of("hydratune.algos.sft:SFTConfig").keys() - _training().keys()
     peft = options_of("peft.tuners.lora.config:LoraConfig").keys() - {"revision"}
-    model, data = (options_of(f"hydratune.settings:{n}Settings") for n in ("Model", "Data"))
-    return {"algo": algorithm, "model": model, "data": data, "peft": peft}
+    model, data, sweep = (options_of(f"hydratune.settings:{n}Settings") for n in ("Model", "Data", "Sweep"))
+    return {"algo": algorithm, "model": model, "data": data, "peft": peft, "sweep": sweep}
 
 
 def _peft(given: dict[str, Any], found: _Found) -> dict[str, Any] | None:

@@ -49,6 +49,16 @@ class TrainingFailed(RuntimeError):
     exit_code = 3
 
 
+class OutOfMemory(TrainingFailed):
+    """The device or the host has too little memory."""
+
+
+class Pruned(Exception):
+    """A sweep ended this trial early, because it was worse than others. Exit code 4."""
+
+    exit_code = 4
+
+
 class Interrupted(KeyboardInterrupt):
     """Stopped by the user after a checkpoint was saved. Exit code 130."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hydratune import adapters
+from hydratune import adapters, held
 from hydratune.errors import UserError, Violation
 
 _CHATML = (
@@ -87,23 +87,39 @@ class ModelRecipe:
 
     def build(self, *, adapter: bool = True) -> Any:
         """A new model, with its adapter unless `adapter` is false. The global random state is left as it was."""
+        model = held.take(self._key(), self._base)
+        if adapter and self.peft_config is not None:
+            with torch.random.fork_rng():
+                torch.manual_seed(
+                    self.seed
+                )  # anew, so that the adapter does not depend on where the base came from
+                model = adapters.wrap(model, self.peft_config)
+        return model
+
+    def hold(self) -> None:
+        """Keep a base model for the next `build` in this process, or in one forked from it."""
+        if self.quantization_config is None:  # quantised weights are made on the accelerator
+            held.hold(self._key(), self._base)
+
+    def _key(self) -> str:
+        seed = self.seed if self.architecture is not None else None
+        return held.key_of("base", self.name_or_path, self.architecture, self._kwargs(), seed)
+
+    def _base(self) -> Any:
+        """A new model without its adapter."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             if self.architecture is not None:
                 kwargs = self._kwargs()
-                model = AutoModelForCausalLM.from_config(
+                return AutoModelForCausalLM.from_config(
                     self.config(),
                     dtype=kwargs["dtype"],
                     attn_implementation=kwargs.get("attn_implementation"),
                 )
-            else:
-                try:
-                    model = AutoModelForCausalLM.from_pretrained(self.name_or_path, **self._kwargs())
-                except (OSError, ValueError) as error:
-                    raise _unreadable("model.name_or_path", str(self.name_or_path), "model", error) from error
-            if adapter and self.peft_config is not None:
-                model = adapters.wrap(model, self.peft_config)
-        return model
+            try:
+                return AutoModelForCausalLM.from_pretrained(self.name_or_path, **self._kwargs())
+            except (OSError, ValueError) as error:
+                raise _unreadable("model.name_or_path", str(self.name_or_path), "model", error) from error
 
     def outline(self) -> Any:
         """The model without memory (meta device): names, shapes and counts for the checks."""

@@ -32,7 +32,7 @@ def table(title: str, prefix: str, options: Iterable[Option]) -> str:
 def document() -> str:
     """The whole page."""
     sections = [table("Shortcuts", "", SHORTCUTS.values())]
-    for name in ("Model", "Data", "Tracking"):
+    for name in ("Model", "Data", "Tracking", "Sweep"):
         declared = options_of(f"hydratune.settings:{name}Settings").values()
         sections.append(table(f"{name}: `{name.lower()}.*`", f"{name.lower()}.", declared))
     for algo in algos.names():

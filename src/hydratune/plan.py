@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hydratune import memory
+from hydratune.amounts import amount
 from hydratune.data.tokenize import render_example
-from hydratune.progress import amount
 from hydratune.settings import RunSettings
 
 _MOST_CHARACTERS = 1200

@@ -16,7 +16,7 @@ import yaml
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from hydratune.progress import amount, duration
+from hydratune.amounts import amount, duration
 from hydratune.tracking import read_metrics
 
 # title, unit of the axis, the series drawn together

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydratune import checks, checks_model
-from hydratune.errors import Interrupted, TrainingFailed, UserError, Violation
+from hydratune import checks, checks_model, held
+from hydratune.checkpoints import last_checkpoint
+from hydratune.errors import Interrupted, OutOfMemory, Pruned, UserError, Violation
 from hydratune.settings import RunSettings
+from hydratune.sweep.trial import current
 from hydratune.tracking import (
     PhaseClock,
     RunTracker,
@@ -40,20 +43,24 @@ class Job:
     eval_rows: list[dict[str, Any]]
     recipe: Any
     plan: Any
+    reports: dict[str, Any]
+    keys: dict[str, str]  # under which a warm process holds the tokenizer and the data
 
 
-def run(settings: RunSettings) -> float | None:
+def run(settings: RunSettings) -> float | list[float] | None:
     """Check, train and report one run.
 
     Args:
         settings: the parsed configuration (`hydratune.config.parse`, or written by hand in a notebook).
 
     Returns:
-        The objective: the metric `settings.objective` names, else eval_loss, else loss. None with `check`.
+        The objective: the metric `settings.objective` names, else eval_loss, else loss; a list when it names several.
+        None with `check`.
 
     Raises:
         UserError: the settings or the data cannot work; nothing was written.
         TrainingFailed: the loss is not finite, or memory ran out; the run directory says so.
+        Pruned: the sweep that this is a trial of ended it early.
         Interrupted: stopped by Ctrl-C or SIGTERM after a checkpoint.
     """
     findings = checks.check_settings(settings)
@@ -83,13 +90,16 @@ def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings)
     model = settings.model
     with clock.phase("data"):
         args = _arguments(settings, device)
-        tokenizer = load_tokenizer(
-            model.tokenizer or str(model.name_or_path),
-            trust_remote_code=model.trust_remote_code,
-            chat_template_path=model.chat_template_path or args.chat_template_path,
-            eos_token=getattr(args, "eos_token", None),
-            pad_token=getattr(args, "pad_token", None),
-        )
+        args.dataset_num_proc = args.dataset_num_proc or settings.data.num_proc
+        named: dict[str, Any] = {
+            "name": model.tokenizer or str(model.name_or_path),
+            "trust_remote_code": model.trust_remote_code,
+            "chat_template_path": model.chat_template_path or args.chat_template_path,
+            "eos_token": getattr(args, "eos_token", None),
+            "pad_token": getattr(args, "pad_token", None),
+        }
+        keys = {"tokenizer": held.key_of("tokenizer", named), "data": _data_key(settings, args, named)}
+        tokenizer = held.take(keys["tokenizer"], lambda: load_tokenizer(**named))
         findings = findings.merge(checks_model.check_tokenizer(tokenizer, settings))
         peft_config = adapters.peft_config(settings.peft)
         dtype = weights_dtype(
@@ -104,14 +114,16 @@ def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings)
         if chosen == "auto":
             chosen = attention.choose(device.kind, packed=packed, config=outline.config)
         recipe = recipe_from(settings, peft_config, vocab_size=len(tokenizer), dtype=dtype, attention=chosen)
-        train, evaluation, eval_rows, reports = _data(settings, args, tokenizer)
+        ready = held.take(keys["data"], lambda: _data(settings, args, tokenizer))
+        train, evaluation, eval_rows, reports = ready
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     made = plan.make(
         settings, args=args, tokenizer=tokenizer, outline=outline, recipe=recipe, train=train, reports=reports,
         device=device, warnings=findings.warnings,
     )  # fmt: skip
     if args.auto_checkpointing:
         args.use_checkpointing(made.needs_checkpointing)
-    return Job(args, tokenizer, train, evaluation, eval_rows, recipe, made)
+    return Job(args, tokenizer, train, evaluation, eval_rows, recipe, made, reports, keys)
 
 
 def _arguments(settings: RunSettings, device: checks_model.DeviceFacts) -> Any:
@@ -158,7 +170,6 @@ def _data(
     reports: dict[str, Any] = {}
     ready: dict[str, Any] = {"train": None, "eval": None}
     formatted: dict[str, Any] = {}
-    args.dataset_num_proc = args.dataset_num_proc or data.num_proc
     for name, rows in (("train", train_rows), ("eval", eval_rows)):
         if rows is None:
             continue
@@ -167,7 +178,6 @@ def _data(
         ready[name], reports[name] = tokenise(
             formatted[name], tokenizer, args, packing=packing, where=name, cache=data.cache
         )
-    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     if data.source == "builtin":  # its rows carry their answer, so that completions can be verified
         source, wanted = eval_rows, _VERIFIED_ROWS
     else:
@@ -180,7 +190,39 @@ def _data(
     return ready["train"], ready["eval"], few, reports
 
 
-def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
+def _data_key(settings: RunSettings, args: Any, tokenizer: dict[str, Any]) -> str:
+    """Everything that decides what `_data` gives."""
+    from hydratune.algos.base import BaseConfig
+
+    shared = {f.name for f in fields(BaseConfig)}
+    own = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in shared}
+    rest = (settings.seed, args.seed, settings.algo, settings.tracking.samples)
+    return held.key_of("data", vars(settings.data), own, tokenizer, rest)
+
+
+def warm(settings: RunSettings) -> None:
+    """Hold tokenizer, data and base weights of a run in this process, for the runs that are forked from it.
+
+    They are prepared in a child of their own, because that looks at the accelerator and runs in parallel; what comes
+    back is mapped from the cache on disk.
+    """
+
+    def scout() -> tuple[dict[str, Any], Any]:
+        job = prepare(settings, PhaseClock(), checks.check_settings(settings))
+        data = (job.train, job.evaluation, job.eval_rows, job.reports)
+        return {job.keys["tokenizer"]: job.tokenizer, job.keys["data"]: data}, job.recipe
+
+    ready, recipe = held.in_child(scout)
+    for key, value in ready.items():
+        held.hold(key, partial(_same, value))
+    recipe.hold()
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | list[float] | None:
     from transformers import PrinterCallback
 
     from hydratune import algos
@@ -193,7 +235,8 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
         out.mkdir(parents=True, exist_ok=True)
         setup_logging(out, settings.debug)
         write_config(out, settings.resolved)
-    tracker = RunTracker(settings, out, clock)
+    trial = current()
+    tracker = RunTracker(settings, out, clock, filed=trial.wandb() if trial else {})
     status, trainer = "failed", None
     stop, progress = StopOnSignal(), ProgressCallback()
     try:
@@ -208,7 +251,12 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
                 eval_dataset=job.evaluation,
                 processing_class=job.tokenizer,
                 recipe=job.recipe,
-                callbacks=[tracker.callback(), progress, stop.callback()],
+                callbacks=[
+                    tracker.callback(),
+                    progress,
+                    stop.callback(),
+                    *([trial.callback()] if trial else []),
+                ],
             )
             trainer.remove_callback(PrinterCallback)
             if base:
@@ -220,12 +268,16 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step}; go on with: python train.py resume={out}"
             )
+        if trial is not None and trial.pruned:
+            status = "pruned"
+            raise Pruned(f"pruned at step {trainer.state.global_step}: other trials were better by then")
         if job.evaluation is not None and not _just_evaluated(trainer):
             with clock.phase("evaluation"):
                 trainer.evaluate()
         with clock.phase("saving"):
             trainer.save_model(str(out / "model"))
-        _samples(settings, job, trainer, tracker)
+        with clock.phase("evaluation"):
+            _samples(settings, job, trainer, tracker)
         status = "completed"
     except KeyboardInterrupt as error:
         status = "interrupted"
@@ -235,7 +287,7 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
             f"stopped at once; the last checkpoint, if any, is in {out / 'checkpoints'}"
         ) from None
     except _out_of_memory() as error:
-        raise TrainingFailed(
+        raise OutOfMemory(
             f"out of memory ({str(error).splitlines()[0]}): try trainer.gradient_checkpointing=true, a smaller batch_size "
             "with more trainer.gradient_accumulation_steps, a smaller algo.max_length, or peft=lora"
         ) from error
@@ -247,7 +299,7 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | None:
 
 def _close(
     settings: RunSettings, job: Job, clock: PhaseClock, tracker: RunTracker, trainer: Any, status: str
-) -> float | None:
+) -> float | list[float] | None:
     """Write what a run leaves behind: summary, model card, report; close the trackers."""
     from hydratune.card import write_card
     from hydratune.progress import final_table
@@ -258,11 +310,12 @@ def _close(
     write_summary(out, summary)
     if (out / "model").is_dir():
         write_card(out / "model", out)
-    write_report(out)
+    if current() is None:  # a trial's page is made by the sweep, off the path of its next trial
+        write_report(out)
     tracker.finish(status, summary)
     if status == "completed":
         final_table(summary, out)
-    return summary["objective"]["value"]
+    return [*summary["objectives"].values()] if "objectives" in summary else summary["objective"]["value"]
 
 
 def _save_base(out: Path, job: Job) -> str | None:
@@ -293,12 +346,11 @@ def _samples(settings: RunSettings, job: Job, trainer: Any, tracker: RunTracker)
 def _checkpoint(settings: RunSettings) -> str | None:
     if settings.resume is None:
         return None
-    from transformers.trainer_utils import get_last_checkpoint
-
     folder = Path(settings.resume)
     if folder.name.startswith("checkpoint-"):
         return str(folder)
-    return get_last_checkpoint(str(folder / "checkpoints"))
+    last = last_checkpoint(folder)
+    return None if last is None else str(last)
 
 
 def _just_evaluated(trainer: Any) -> bool:

@@ -101,6 +101,76 @@ class TrackingSettings:
 
 
 @dataclass
+class SweepSettings:
+    """`sweep.*`: how `python train.py -m …` (or `hydratune.sweep.run`) searches."""
+
+    name: str | None = option(
+        None, "Name of the study; null: made from the base and the space, so that the same command goes on."
+    )
+    n_trials: int | None = option(
+        None,
+        "Finished trials that the study shall have, over all restarts and machines; a grid knows its own.",
+    )
+    timeout: float | None = option(None, "Seconds after which no new trial starts.")
+    sampler: str = option(
+        "auto",
+        "auto (the exact grid when all is finite, else tpe), grid, random, tpe, gp, cmaes, nsga2, nsga3, qmc, or the dotted path of an Optuna sampler.",
+    )
+    sampler_options: dict[str, Any] = option(factory=dict, help="Keyword arguments of the sampler.")
+    pruner: str = option(
+        "none",
+        "none, median, percentile, asha, hyperband, patient, wilcoxon, or the dotted path of an Optuna pruner.",
+    )
+    pruner_options: dict[str, Any] = option(factory=dict, help="Keyword arguments of the pruner.")
+    prune_on: str | None = option(
+        None, "Logged metric that the pruner sees; null: the objective. loss: judged at every logged step."
+    )
+    direction: Any = option(
+        None, "minimize or maximize, a list for several objectives; null: told from the metric's name."
+    )
+    constraints: list[str] = option(
+        factory=list, help="Bounds that a good trial keeps, e.g. ['peak_memory_gib <= 20']."
+    )
+    space: dict[str, Any] = option(
+        factory=dict, help="KEY: values in the grammar of the command line, as -m KEY=VALUES would be."
+    )
+    paired: dict[str, Any] = option(
+        factory=dict, help="NAME: a list of mappings; the settings of one mapping move together."
+    )
+    space_function: str | None = option(
+        None,
+        "Dotted path of a function from an Optuna trial to a mapping of settings, for conditional spaces.",
+    )
+    base: list[str] = option(factory=list, help="Overrides that every trial starts from, for a kept search.")
+    enqueue: list[dict[str, Any]] = option(factory=list, help="Known good points, tried first.")
+    workers: Any = option("auto", "Trials at the same time; auto: one for each device (on a CPU one).")
+    gpus_per_trial: int = option(1, "GPUs that a trial gets.")
+    trials_per_gpu: int = option(1, "Trials that share a GPU.")
+    executor: Literal["local", "submitit", "ray"] = option(
+        "local", "Where trials run: processes here, SLURM (or its local mode), or a Ray cluster."
+    )
+    executor_options: dict[str, Any] = option(
+        factory=dict, help="Of submitit (cluster, slurm_partition, …) or of ray (address, num_cpus, …)."
+    )
+    fork: bool = option(True, "Fork trials from a warm process; false: a new process for each.")
+    launch_prefix: str | None = option(
+        None, "Put before a trial's command, e.g. 'accelerate launch --num_processes 2'."
+    )
+    storage: str | None = option(
+        None,
+        "Journal file, or URL of a PostgreSQL, MySQL or SQLite database; null: journal.log of the study.",
+    )
+    max_failures: int = option(10, "Failed trials in a row after which the sweep stops.")
+    max_retries: int = option(2, "Times that a trial is taken up again after its process died.")
+    lease: float = option(
+        120.0, "Seconds without a sign of life after which another machine's trials are taken over."
+    )
+    keep: Literal["all", "best", "none"] = option(
+        "all", "Of which finished trials the model and checkpoints stay on disk."
+    )
+
+
+@dataclass
 class RunSettings:
     """One run, parsed and typed: what `hydratune.run.run` takes. Nothing here knows Hydra."""
 
@@ -111,9 +181,12 @@ class RunSettings:
     peft: dict[str, Any] | None  # {"type": "lora", **fields of the peft config}, None without an adapter
     tracking: TrackingSettings
     output_dir: str
+    sweep: SweepSettings = field(default_factory=SweepSettings)  # of the sweep, not of its trials
     seed: int = 42
     run_name: str | None = None
-    objective: str | None = None  # metric whose value the run returns; null: eval_loss, else loss
+    objective: str | list[str] | None = (
+        None  # METRIC or METRIC:RULE (objective.py); null: eval_loss, else loss
+    )
     resume: str | None = None
     check: bool = False
     debug: bool = False

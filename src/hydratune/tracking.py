@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from hydratune.objective import Objective, named
 from hydratune.settings import RunSettings
 
 log = logging.getLogger("hydratune")
@@ -111,10 +112,14 @@ class RunTracker:
         settings: of the run; `tracking` says what W&B does.
         out_dir: the run directory.
         clock: whose start is the zero of `time` in metrics.jsonl.
+        filed: what W&B is told in place of the settings (name, group, id, job_type, …), and `tags` and `config` beside them.
     """
 
-    def __init__(self, settings: RunSettings, out_dir: Path, clock: PhaseClock) -> None:
+    def __init__(
+        self, settings: RunSettings, out_dir: Path, clock: PhaseClock, *, filed: dict[str, Any] | None = None
+    ) -> None:
         self._settings, self._out, self._clock = settings, out_dir, clock
+        self._filed = filed or {}
         self._wandb: Any = None
 
     def start(self, extra_config: dict[str, Any] | None = None) -> None:
@@ -147,17 +152,20 @@ class RunTracker:
     def _open(self, wandb: Any, mode: str, extra_config: dict[str, Any] | None) -> Any:
         settings, tracking = self._settings, self._settings.tracking
         tags = [settings.algo, *(settings.choices.get(g) for g in ("model", "data", "peft")), *tracking.tags]
+        filed = dict(self._filed)
+        tags += filed.pop("tags", [])
+        config = {**redact(settings.resolved), **(extra_config or {}), **filed.pop("config", {})}
+        names = {"group": tracking.group, "name": settings.run_name or self._out.name}
         return wandb.init(
             mode=mode,
             dir=str(self._out),
             project=tracking.project,
             entity=tracking.entity,
-            group=tracking.group,
-            name=settings.run_name or self._out.name,
             notes=tracking.notes,
             tags=list(dict.fromkeys(tag for tag in tags if tag and tag != "none")),
-            config={**redact(settings.resolved), **(extra_config or {})},
+            config=config,
             reinit="finish_previous",
+            **{**names, **filed},
             settings=wandb.Settings(
                 silent=True, console="off", save_code=False, disable_git=True, init_timeout=_SECONDS_TO_CONNECT,
                 login_timeout=_SECONDS_TO_CONNECT, finish_timeout=_SECONDS_TO_UPLOAD,
@@ -249,7 +257,8 @@ def collect_summary(
 
     Returns:
         run_name, status (completed, pruned, failed, interrupted), algo, model, data, peft (entries picked),
-        objective {name, value}, metrics {final, best}, steps, tokens, seconds {phase: s}, tokens_per_second (over
+        objective {name, value}, objectives {name: value} when there are several, metrics {final, best}, steps,
+        tokens, seconds {phase: s}, tokens_per_second (over
         training), peak_memory {bytes, kind: "cuda" or "host"}, seed, device, versions, git_commit, command, started.
     """
     events = read_metrics(out_dir)
@@ -263,16 +272,16 @@ def collect_summary(
             better = min if key.endswith("loss") else max
             if key.endswith(("loss", "accuracy")):
                 best[key] = better(best.get(key, value), value)
-    name = settings.objective or ("eval_loss" if "eval_loss" in final else "loss")
+    objectives = named(settings.objective) or [Objective("eval_loss" if "eval_loss" in final else "loss")]
     training = clock.seconds.get("training", 0.0)
     tokens = getattr(trainer, "num_tokens", 0)
     device, peak = _device_and_peak()
-    return {
+    summary: dict[str, Any] = {
         "run_name": settings.run_name or out_dir.name,
         "status": status,
         "algo": settings.algo,
         **{group: settings.choices.get(group) for group in ("model", "data", "peft")},
-        "objective": {"name": name, "value": final.get(name)},
+        "objective": {},
         "metrics": {"final": final, "best": best},
         "steps": trainer.state.global_step if trainer is not None else 0,
         "tokens": tokens,
@@ -286,6 +295,13 @@ def collect_summary(
         "command": settings.command,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(clock.started)),
     }
+    found = {str(o): o.value(events, summary) for o in objectives}
+    values = {name: None if v is None or not math.isfinite(v) else v for name, v in found.items()}
+    name, value = next(iter(values.items()))
+    summary["objective"] = {"name": name, "value": value}
+    if len(values) > 1:
+        summary["objectives"] = values
+    return summary
 
 
 def write_summary(out_dir: Path, summary: dict[str, Any]) -> None:

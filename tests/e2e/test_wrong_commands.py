@@ -167,14 +167,22 @@ def test_exit_codes(monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_sweep_runs_each_value_with_forced_fields(monkeypatch, tmp_path):
+def test_a_plain_multirun_of_hydras_own_runs_each_value(monkeypatch, tmp_path):
     import types
 
     seen = []
     monkeypatch.setitem(
         sys.modules, "hydratune.run", types.SimpleNamespace(run=lambda s: seen.append(s) or 1.0)
     )
-    assert train.main(["-m", "peft=lora", "peft.r=4,8", "trainer.weight_decay=0.1", "output_dir=study"]) == 0
+    line = [
+        "-m",
+        "hydra/sweeper=basic",
+        "peft=lora",
+        "peft.r=4,8",
+        "trainer.weight_decay=0.1",
+        "output_dir=study",
+    ]
+    assert train.main(line) == 0
     assert [s.peft["r"] for s in seen] == [4, 8]
     assert [Path(s.output_dir).name for s in seen] == ["0", "1"]
     assert all(s.algo_options["weight_decay"] == 0.1 for s in seen)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from hydratune import checks, checks_model
+from hydratune.checkpoints import COUNTERS
 from hydratune.errors import UserError
 from hydratune.models import ModelRecipe, byte_tokenizer
 from hydratune.settings import DataSettings, ModelSettings, RunSettings, TrackingSettings
@@ -157,6 +158,8 @@ def test_a_resume_of_another_run_shows_the_difference(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no checkpoint" in checks.check_settings(settings(resume=str(tmp_path / "empty"))).errors[0].why
     (tmp_path / "checkpoints" / "checkpoint-3").mkdir(parents=True)
+    assert "no checkpoint" in checks.check_settings(settings(resume=str(tmp_path))).errors[0].why  # cut short
+    (tmp_path / "checkpoints" / "checkpoint-3" / COUNTERS).write_text("{}")
     before = {"algo": {"name": "sft"}, "model": {"name_or_path": "other"}, "peft": {"type": "lora"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(before))
     now = {"algo": {"name": "sft"}, "model": {"name_or_path": "mine"}, "peft": None}

@@ -22,11 +22,10 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from hydratune import adapters, attention
+from hydratune.checkpoints import COUNTERS
 from hydratune.errors import TrainingFailed, UserError, Violation
 from hydratune.models import ModelRecipe, load_tokenizer, settle_tokenizer
 from hydratune.settings import option
-
-_COUNTERS = "hydratune_counters.json"
 
 
 @dataclass
@@ -346,12 +345,14 @@ class BaseTrainer(transformers.Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         self.num_tokens, self.meters["train"] = 0, Meter()
-        if resume_from_checkpoint and (saved := Path(str(resume_from_checkpoint)) / _COUNTERS).is_file():
+        if resume_from_checkpoint and (saved := Path(str(resume_from_checkpoint)) / COUNTERS).is_file():
             state = json.loads(saved.read_text())
             self.num_tokens = state["num_tokens"]
             self.meters["train"].load(state["window"], self.args.device)
         self._window_start, self._idle = time.perf_counter(), 0.0
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+        output = super().train(resume_from_checkpoint or None, *args, **kwargs)
+        self._train_metrics()  # tokens of steps that were not logged count too
+        return output
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._not_training():
@@ -359,7 +360,7 @@ class BaseTrainer(transformers.Trainer):
             if self.args.should_save:
                 folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
                 state = {"num_tokens": self.num_tokens, "window": self.meters["train"].state()}
-                (folder / _COUNTERS).write_text(json.dumps(state))
+                (folder / COUNTERS).write_text(json.dumps(state))
 
 
 def _one(name: str, value: Any, old: str, old_value: Any) -> Any:

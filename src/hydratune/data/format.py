@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,6 +11,7 @@ from hydratune.data.read import ORIGIN, shorten
 from hydratune.data.shapes import Faults, alpaca_of, messages_of, pair_of, text_of, token_row, with_system
 from hydratune.data.table import as_json_text, to_dataset
 from hydratune.errors import UserError, Violation, nearest
+from hydratune.functions import resolve
 from hydratune.settings import DataSettings
 
 NEEDS = {
@@ -26,38 +24,6 @@ NEEDS = {
 }
 _EXTRAS = ("tools", "chat_template_kwargs")
 _BATCH = 1000
-
-
-def resolve(path: str) -> Callable[[dict[str, Any]], Any]:
-    """The function at a dotted path, e.g. `my_rows.to_text`.
-
-    Raises:
-        UserError: no such module or function, or it cannot be called.
-    """
-    module, _, name = path.replace(":", ".").rpartition(".")
-    key = "data.formatting_func"
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a function beside the user's own files, wherever train.py is
-    try:
-        home = import_module(module) if module else None
-    except Exception as error:  # whatever the user's module raises
-        raise UserError(
-            Violation(
-                key,
-                path,
-                f"cannot be imported ({type(error).__name__}: {error})",
-                "give module.function of a module on PYTHONPATH",
-            )
-        ) from error
-    found = getattr(home, name, None)
-    if not callable(found):
-        near = (
-            nearest(name, [n for n, v in vars(home).items() if callable(v)])
-            if home
-            else "give module.function"
-        )
-        raise UserError(Violation(key, path, "is not a function of an importable module", near))
-    return found
 
 
 def columns_of(dataset: Any) -> list[str]:

@@ -1,0 +1,1 @@
+"""Hydra's face of `hydratune.sweep`: `hydra/sweeper=hydratune`."""

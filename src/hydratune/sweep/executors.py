@@ -1,0 +1,250 @@
+"""Where trials run: forked from a warm process here, on SLURM by submitit, or on a Ray cluster.
+
+Every executor starts the same packed job and says when its process has ended; how the trial ended is in the file that
+it wrote. None of them waits for one trial before it starts the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from hydratune.errors import UserError, Violation
+from hydratune.sweep.job import Job
+
+_POLL = 0.05  # seconds between looks at processes that do not announce their end
+
+
+class Executor(Protocol):
+    def start(self, key: int, job: Job) -> None:
+        """Start a job; its key comes back from `wait`."""
+
+    def wait(self, seconds: float) -> list[tuple[int, str]]:
+        """Jobs that have ended, each with how (empty when it ended by itself, without a crash); waits for the first."""
+
+    def stop(self, *, now: bool) -> None:
+        """Ask every running job to save a checkpoint and stop, or end them all."""
+
+    def close(self) -> None:
+        """End what is left."""
+
+
+def how_it_ended(code: int) -> str:
+    """A crash in words; nothing for a process that came to its own end, whatever it says."""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+        return f"killed by signal {-code}"
+    return "" if code in (0, 1, 2, 3, 4, 130) else f"exit code {code}"
+
+
+class ForkExecutor:
+    """Trials are children of a warm server process (`forkserver.py`); a server that dies is started again."""
+
+    def __init__(self, warm_with: bytes):
+        self._warm_with = warm_with
+        self._server: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+        self._pids: dict[int, int] = {}  # of the jobs that run: key → process, 0 until it is known
+        self.report: dict[str, Any] = {}
+
+    def warm_up(self) -> dict[str, Any]:
+        """Start the server and wait until it is warm; gives what it says of itself."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._server = subprocess.Popen(
+                [sys.executable, "-m", "hydratune.sweep.forkserver", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        self._connection.send(("warm", self._warm_with))
+        try:
+            _, self.report = self._connection.recv()
+        except (EOFError, OSError):
+            self._lose_server()
+            raise UserError(
+                Violation(
+                    "sweep.fork",
+                    True,
+                    "the warm process ended at its start",
+                    "see its message above, or set sweep.fork=false",
+                )
+            ) from None
+        return self.report
+
+    def start(self, key: int, job: Job) -> None:
+        if self._connection is None:
+            self.warm_up()
+        assert self._connection is not None
+        self._pids[key] = 0
+        with contextlib.suppress(OSError):  # a server that has just died is noticed by wait
+            self._connection.send(("start", key, job.pack()))
+
+    def wait(self, seconds: float) -> list[tuple[int, str]]:
+        ended: list[tuple[int, str]] = []
+        if self._connection is None:
+            time.sleep(seconds if not self._pids else 0)
+            return [(key, "its warm process ended") for key in self._lose_server()]
+        wait([self._connection], seconds)
+        try:
+            while self._connection.poll():
+                kind, key, value = self._connection.recv()
+                if kind == "started":
+                    self._pids[key] = value
+                else:
+                    del self._pids[key]
+                    ended.append((key, how_it_ended(value)))
+        except (EOFError, OSError):
+            ended += [(key, "its warm process ended") for key in self._lose_server()]
+        return ended
+
+    def _lose_server(self) -> list[int]:
+        lost = [*self._pids]
+        self._pids.clear()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait()
+            self._server = None
+        return lost
+
+    def stop(self, *, now: bool) -> None:
+        for pid in filter(None, self._pids.values()):
+            with contextlib.suppress(ProcessLookupError):
+                if now:
+                    os.killpg(pid, signal.SIGKILL)
+                else:
+                    os.kill(pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()  # the server ends its children, and itself
+            self._connection = None
+        if self._server is not None:
+            try:
+                self._server.wait(10)
+            except subprocess.TimeoutExpired:
+                self._server.kill()
+                self._server.wait()
+            self._server = None
+        self._pids.clear()
+
+
+class ProcessExecutor:
+    """A new Python process for every trial."""
+
+    def __init__(self) -> None:
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, key: int, job: Job) -> None:
+        command = [sys.executable, "-m", "hydratune.sweep.forkserver", "--once", str(os.getpid())]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(job.pack())
+        self._running[key] = process
+
+    def wait(self, seconds: float) -> list[tuple[int, str]]:
+        until = time.monotonic() + seconds
+        while True:
+            ended = [(k, p.returncode) for k, p in self._running.items() if p.poll() is not None]
+            if ended or time.monotonic() > until:
+                break
+            time.sleep(_POLL)
+        for key, _ in ended:
+            process = self._running.pop(key)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it left behind
+        return [(key, how_it_ended(code)) for key, code in ended]
+
+    def stop(self, *, now: bool) -> None:
+        for process in self._running.values():
+            with contextlib.suppress(ProcessLookupError):
+                if now:
+                    os.killpg(process.pid, signal.SIGKILL)
+                else:
+                    process.terminate()
+
+    def close(self) -> None:
+        self.stop(now=True)
+        for process in self._running.values():
+            process.wait()
+        self._running.clear()
+
+
+def devices() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without starting CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [d for d in visible.split(",") if d.strip() and d.strip() != "-1"]
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
+
+
+def slots(
+    workers: Any, gpus: Sequence[str], gpus_per_trial: int, trials_per_gpu: int
+) -> list[dict[str, str]]:
+    """The places in which trials run at the same time: for each the variables that its trial gets.
+
+    Raises:
+        UserError: more GPUs for a trial than there are.
+    """
+    if gpus and gpus_per_trial > len(gpus):
+        why = f"there are {len(gpus)} GPUs here ({', '.join(gpus)})"
+        raise UserError(Violation("sweep.gpus_per_trial", gpus_per_trial, why, f"give at most {len(gpus)}"))
+    groups = [
+        gpus[i : i + gpus_per_trial] for i in range(0, len(gpus) - gpus_per_trial + 1, max(1, gpus_per_trial))
+    ]
+    places = [
+        {"CUDA_VISIBLE_DEVICES": ",".join(g)} for _ in range(trials_per_gpu) for g in groups if gpus_per_trial
+    ]
+    if workers in (None, "auto"):
+        return places or [{}]
+    count = int(workers)
+    if places and count > len(places):
+        places = [places[i % len(places)] for i in range(count)]
+    return places[:count] if places else [{} for _ in range(count)]
+
+
+def make_executor(
+    name: str, options: Mapping[str, Any], *, fork: bool, warm_with: bytes, directory: Path
+) -> Executor:
+    """
+    Raises:
+        UserError: the executor's package is not installed, or its options are wrong.
+    """
+    if name == "submitit":
+        from hydratune.sweep.cluster import SubmititExecutor
+
+        return SubmititExecutor(options, directory / "jobs")
+    if name == "ray":
+        from hydratune.sweep.cluster import RayExecutor
+
+        return RayExecutor(options)
+    if options:
+        raise UserError(
+            Violation("sweep.executor_options", dict(options), "the local executor has none", "leave it out")
+        )
+    return ForkExecutor(warm_with) if fork else ProcessExecutor()

@@ -1,0 +1,143 @@
+"""A warm process that trials are forked from: everything is imported, data is mapped, weights are read, once.
+
+`python -m hydratune.sweep.forkserver FD` serves one supervisor over a socket, until the socket closes. It has one
+thread, never touches an accelerator and never runs torch in parallel, so that a child starts from a clean state; what
+a child changes is its own, because memory is copied when it is written to. When the server or the supervisor dies,
+the kernel ends the children.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+CRASHED = 70  # exit code of a child whose start failed
+
+
+def main() -> int:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not be there in a child
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not start CUDA here
+    if sys.argv[1] == "--once":
+        from hydratune.sweep.job import run_packed
+
+        die_with_parent(int(sys.argv[2]))
+        return run_packed(sys.stdin.buffer.read())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    Server(Connection(int(sys.argv[1]))).serve()
+    return 0
+
+
+class Server:
+    """Messages in: ("warm", packed) and ("start", key, packed). Out: ("warm", report), ("started", key, pid) and
+    ("ended", key, exit code, negative for a signal)."""
+
+    def __init__(self, connection: Connection):
+        self._connection = connection
+        self._children: dict[int, int] = {}
+        read, self._wake = os.pipe()
+        self._woken = Connection(read, writable=False)
+        os.set_blocking(self._wake, False)
+        signal.set_wakeup_fd(self._wake)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+
+    def serve(self) -> None:
+        while True:
+            ready = wait([self._connection, self._woken])
+            if self._woken in ready:
+                os.read(self._woken.fileno(), 4096)
+                self._reap()
+            if self._connection in ready:
+                try:
+                    message = self._connection.recv()
+                except (EOFError, OSError):
+                    break
+                if message[0] == "warm":
+                    self._connection.send(("warm", _warm(message[1])))
+                else:
+                    self._start(*message[1:])
+        for pid in self._children:
+            _kill_group(pid)
+
+    def _start(self, key: int, packed: bytes) -> None:
+        server = os.getpid()
+        pid = os.fork()
+        if pid:
+            self._children[pid] = key
+            self._connection.send(("started", key, pid))
+            return
+        code = CRASHED
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGINT):
+                signal.signal(
+                    number, signal.SIG_DFL if number == signal.SIGCHLD else signal.default_int_handler
+                )
+            os.setsid()
+            die_with_parent(server)
+            self._connection.close()
+            self._woken.close()
+            os.close(self._wake)
+            from hydratune.sweep.job import run_packed
+
+            code = run_packed(packed)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def _reap(self) -> None:
+        while self._children:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            _kill_group(pid)  # data loaders and the like that it left
+            if pid in self._children:
+                self._connection.send(("ended", self._children.pop(pid), os.waitstatus_to_exitcode(status)))
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(CRASHED)
+
+
+def _kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def _warm(packed: bytes) -> dict[str, Any]:
+    """Import and read ahead what the tasks will want; an error only means that trials do it themselves."""
+    import cloudpickle
+    import torch
+
+    torch.set_num_threads(1)  # no parallel region: its thread pool would not survive a fork
+    try:
+        from hydratune.sweep.warm import warm
+
+        warm(cloudpickle.loads(packed))
+        error = ""
+    except Exception as problem:
+        error = f"{type(problem).__name__}: {problem}"
+    threads = os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else [""]  # noqa: PTH112, PTH208
+    return {"threads": len(threads), "error": error, "cuda": torch.cuda.is_initialized()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

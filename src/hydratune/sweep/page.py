@@ -1,0 +1,258 @@
+"""The page of a study: `report.html`, self-contained, and the pages of its trials.
+
+`python -m hydratune.sweep.page DIRECTORY` draws them beside the running sweep, at low priority, from study.json and
+the trials' directories alone; it ends after a last look when its standard input closes, as it does when the sweep ends
+or is killed. The plots are Optuna's, drawn by plotly, whose script is inside the page: nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from hydratune.amounts import duration
+from hydratune.report import write_report
+from hydratune.tracking import read_metrics
+
+_EVERY = 15.0  # seconds between drawings while the sweep runs
+_POINTS = 400  # of one curve
+_COLOURS = ("#3b78e7", "#d9572b", "#2a9d5c", "#9657c9", "#c99a1e", "#d1477f", "#1fa3b8", "#7a7f87")
+
+
+def main() -> int:
+    directory = Path(sys.argv[1])
+    with contextlib.suppress(OSError):
+        os.nice(19)
+    warnings.filterwarnings("ignore")
+    drawn = -1.0
+    while True:
+        # the first look is soon, so that there is something to see, the next ones are rare
+        ended = bool(select.select([sys.stdin], [], [], _EVERY if drawn >= 0 else 1.0)[0])
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # read while it was being replaced: the next look draws it
+            stamp = (directory / "study.json").stat().st_mtime
+            if stamp != drawn:
+                draw(directory)
+                drawn = stamp
+        if ended:
+            return 0
+
+
+def draw(directory: Path) -> None:
+    """Write the study's page, and those of the trials that have ended and have none yet."""
+    facts = json.loads((directory / "study.json").read_text(encoding="utf-8"))
+    for trial in facts["trials"]:
+        folder = directory / str(trial["number"])
+        if (folder / "summary.json").is_file() and not _fresh(folder):
+            write_report(folder)
+    part = directory / "report.html.part"
+    part.write_text(page(directory, facts), encoding="utf-8")
+    part.replace(directory / "report.html")
+
+
+def _fresh(folder: Path) -> bool:
+    report, summary = folder / "report.html", folder / "summary.json"
+    return report.is_file() and report.stat().st_mtime >= summary.stat().st_mtime
+
+
+def page(directory: Path, facts: dict[str, Any]) -> str:
+    """The page as one text.
+
+    Args:
+        facts: study.json, as `export.Exporter` writes it.
+    """
+    import plotly.offline
+
+    trials = facts["trials"]
+    names = list(dict.fromkeys(name for t in trials for name in t["settings"]))
+    environment = Environment(
+        loader=PackageLoader("hydratune"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    figures = [(title, _json(figure)) for title, figure in plots(directory, facts)]
+    order = _order(facts)
+    return environment.get_template("sweep.html.j2").render(
+        facts=facts,
+        names=names,
+        trials=sorted(trials, key=order),
+        front=set(facts["front"]),
+        states=_states(trials),
+        spent=duration(sum(t["seconds"] or 0.0 for t in trials)),
+        best=[t for t in trials if t["number"] in facts["front"]],
+        figures=[(i, title, Markup(text)) for i, (title, text) in enumerate(figures)],
+        script=Markup(plotly.offline.get_plotlyjs()),
+        has_page={t["number"] for t in trials if (directory / str(t["number"]) / "report.html").is_file()},
+        now=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def _json(figure: Any) -> str:
+    return figure.to_json().replace("</", "<\\/")  # no text of a user's may end the script
+
+
+def _states(trials: list[dict[str, Any]]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for t in trials:
+        counts[t["state"]] = counts.get(t["state"], 0) + 1
+    return counts
+
+
+def _order(facts: dict[str, Any]) -> Any:
+    """Best first, then those without a value, by number."""
+    sign = 1.0 if facts["directions"][0] == "minimize" else -1.0
+    return lambda t: (not t["values"], sign * t["values"][0] if t["values"] else 0.0, t["number"])
+
+
+def plots(directory: Path, facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Titles and plotly figures; those that have nothing to show are left out."""
+    import optuna.visualization as draw
+
+    study = display_study(facts)
+    done = [t for t in study.trials if t.values]
+    objective = facts["objectives"][0]
+    found: list[tuple[str, Any]] = []
+    several = len(facts["objectives"]) > 1
+    names = list(dict.fromkeys(p for t in done for p in t.params))
+    varied = [p for p in names if len({str(t.params.get(p)) for t in done}) > 1]
+
+    def first(trial: Any) -> float:
+        return trial.values[0]
+
+    chosen: dict[str, Any] = (
+        {"target": first, "target_name": objective} if several else {"target_name": objective}
+    )
+    makers: list[tuple[str, Any, bool]] = [
+        ("History", lambda: draw.plot_optimization_history(study, **chosen), len(done) > 0),
+        (
+            "Pareto front",
+            lambda: draw.plot_pareto_front(study, target_names=facts["objectives"]),
+            several and len(facts["objectives"]) <= 3 and bool(done),
+        ),
+        (
+            "Importance of each parameter",
+            lambda: draw.plot_param_importances(study, **chosen),
+            len(done) > 2 and bool(varied),
+        ),
+        (
+            "Parallel coordinates",
+            lambda: draw.plot_parallel_coordinate(study, params=varied, **chosen),
+            len(done) > 1 and bool(varied),
+        ),
+        ("Slices", lambda: draw.plot_slice(study, params=varied, **chosen), len(done) > 1 and bool(varied)),
+        (
+            "Reported values",
+            lambda: draw.plot_intermediate_values(study),
+            any(t.intermediate_values for t in study.trials),
+        ),
+        ("Timeline", lambda: draw.plot_timeline(study), any(t.datetime_start for t in study.trials)),
+    ]
+    for title, make, able in makers:
+        if able:
+            with contextlib.suppress(
+                ValueError, RuntimeError
+            ):  # too little to compute it from, e.g. no variance
+                found.append((title, make()))
+    found[1:1] = [(f"{title} of all trials", figure) for title, figure in _curves(directory, facts)]
+    return found
+
+
+def display_study(facts: dict[str, Any]) -> Any:
+    """The study in memory as the plots want it: texts that are numbers become numbers."""
+    from datetime import datetime
+
+    import optuna
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+    from optuna.trial import TrialState, create_trial
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    states = {
+        "complete": TrialState.COMPLETE,
+        "running": TrialState.RUNNING,
+        "waiting": TrialState.WAITING,
+        "failed": TrialState.FAIL,
+        "crashed": TrialState.FAIL,
+    }
+    values: dict[str, list[Any]] = {}
+    for t in facts["trials"]:
+        for name, value in t["params"].items():
+            values.setdefault(name, []).append(value)
+    numeric = {name: all(_number(v) is not None for v in found) for name, found in values.items()}
+    domains: dict[str, Any] = {}
+    for name, found in values.items():
+        if not numeric[name]:
+            domains[name] = CategoricalDistribution(list(dict.fromkeys(map(str, found))))
+            continue
+        numbers: list[Any] = [_number(v) for v in found]
+        low, high = min(numbers), max(numbers)
+        whole = all(float(n).is_integer() for n in numbers)
+        log = low > 0 and (high / low >= 50 or "(log)" in facts["space"].get(name, ""))
+        domains[name] = (
+            IntDistribution(int(low), int(high), log=log) if whole else FloatDistribution(low, high, log=log)
+        )
+    study = optuna.create_study(directions=facts["directions"], study_name=facts["name"])
+    for t in facts["trials"]:
+        params: dict[str, Any] = {n: _number(v) if numeric[n] else str(v) for n, v in t["params"].items()}
+        params = {n: int(v) if isinstance(domains[n], IntDistribution) else v for n, v in params.items()}
+        state = states.get(t["state"], TrialState.PRUNED)
+        made = create_trial(
+            state=state,
+            values=t["values"] if state == TrialState.COMPLETE else None,
+            params=params,
+            distributions={n: domains[n] for n in params},
+            intermediate_values={int(k): v for k, v in t["intermediate"].items()},
+        )
+        made.datetime_start = datetime.fromtimestamp(t["started"]) if t["started"] else None
+        made.datetime_complete = datetime.fromtimestamp(t["ended"]) if t["ended"] else None
+        study.add_trial(made)
+    return study
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _curves(directory: Path, facts: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Training and evaluation loss, and the objective, one line a trial."""
+    import plotly.graph_objects as go
+
+    metric = facts["objectives"][0].partition(":")[0]
+    wanted = {"loss": "Training loss", "eval_loss": "Evaluation loss", metric: metric}
+    events = {t["number"]: read_metrics(directory / str(t["number"])) for t in facts["trials"]}
+    found = []
+    for key, title in wanted.items():
+        figure = go.Figure(layout={"xaxis_title": "step", "yaxis_title": key})
+        for i, t in enumerate(facts["trials"]):
+            points = [(e["step"], e[key]) for e in events[t["number"]] if isinstance(e.get(key), int | float)]
+            points = points[:: max(1, len(points) // _POINTS)]
+            if not points:
+                continue
+            best = t["number"] in facts["front"]
+            text = " ".join(f"{k}={v}" for k, v in t["settings"].items())
+            steps, values = zip(*points, strict=True)
+            figure.add_scatter(
+                x=steps, y=values, mode="lines+markers" if len(points) < 30 else "lines", name=f"{t['number']}{' ★' if best else ''}",
+                hovertext=f"trial {t['number']}, {t['state']}: {text}", opacity=1.0 if best else 0.65,
+                line={"width": 3 if best else 1.5, "color": _COLOURS[i % len(_COLOURS)], "dash": "dot" if t["state"] == "pruned" else "solid"},
+            )  # fmt: skip
+        if figure.data:
+            found.append((title, figure))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

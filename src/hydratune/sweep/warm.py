@@ -1,0 +1,30 @@
+"""What a warm process does before trials are forked from it: imports, tokenised data, base weights.
+
+Trials find data and weights through `hydratune.held`; one that wants others than those held here reads them itself.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from hydratune.sweep.job import Command, load_script
+
+_IMPORTS = (
+    "accelerate", "datasets", "matplotlib.pyplot", "optuna", "peft", "transformers.trainer", "transformers.models.auto.modeling_auto",
+    "hydratune.sweep.study", "hydratune.report", "hydratune.card", "hydratune.progress", "hydratune.samples", "hydratune.plan",
+    "hydratune.interrupt",
+)  # fmt: skip
+
+
+def warm(task: Any) -> None:
+    """Import what every trial imports; for a `Command`, also read what its first trials will want."""
+    import tqdm
+
+    tqdm.tqdm.monitor_interval = 0  # its thread would not be there in a child
+    for name in _IMPORTS:
+        import_module(name)
+    if isinstance(task, Command):
+        script = load_script(task.script)
+        for arguments in task.warm_with:
+            script.warm(list(arguments))
