@@ -384,15 +384,16 @@ def check_command(overrides: list[str], *, multirun: bool, args: Any) -> None:
         violations += wrong
         if not wrong:
             good.append(list(_single(parsed, text)))
-    if own_files:
-        good.append(
-            [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
-        )
+    main, beside = CONF, Path(args.config_dir).resolve() if args.config_dir else None
+    if beside is not None:
+        if args.config_name and (beside / f"{args.config_name}.yaml").is_file():
+            main, beside = beside, CONF  # the primary config is looked for in the first of them alone
+        good.append([f"hydra.searchpath=[file://{beside}]"])
     first = [values[0] for values in good if values]
     variants = [first]
     for i, values in enumerate(values for values in good if values):
         variants += [[*first[:i], other, *first[i + 1 :]] for other in values[1:]]
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+    with initialize_config_dir(config_dir=str(main), version_base="1.3"):
         for variant in variants:
             try:
                 cfg = compose(args.config_name or "train", overrides=variant, return_hydra_config=True)

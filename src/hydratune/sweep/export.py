@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from hydratune.sweep.job import Command
-from hydratune.sweep.study import Record, Study, Ticket
+from hydratune.sweep.job import Command, Job
+from hydratune.sweep.study import Record, Study
 
 FILE = "study.json"
 _NOT_KEPT = ("output_dir", "resume", "run_name", "check", "sweep")  # of a trial's config, in best.yaml
@@ -36,13 +36,13 @@ class Exporter:
     def _directory(self) -> Path:
         return self._study.directory
 
-    def begin(self, ticket: Ticket, env: dict[str, str]) -> None:
-        """The command of a trial, in its directory."""
-        self._env = env
+    def begin(self, job: Job) -> None:
+        """The command of a trial, in its directory, with the variables that it has too: threads decide the last digits."""
+        self._env = job.env
         if self._task is not None:
-            folder = self._directory / str(ticket.number)
+            folder = Path(job.spec.directory)
             folder.mkdir(parents=True, exist_ok=True)
-            _script(folder / "command.sh", self._task.shell(ticket.settings, env))
+            _script(folder / "command.sh", self._task.shell(job.spec.settings, job.env))
 
     def after(self, record: Record, trials: Sequence[Record], front: Sequence[Record]) -> None:
         """Everything again, now that a trial has ended."""
@@ -83,7 +83,7 @@ class Exporter:
         others = "".join(
             f"# also on the Pareto front, {r.number}: {self._task.line(r.settings)}\n" for r in front[1:]
         )
-        shell = self._task.shell(best.settings, self._env if "OMP_NUM_THREADS" in self._env else {})
+        shell = self._task.shell(best.settings, self._env)
         head, _, rest = shell.partition("\n")
         _script(self._directory / "best.sh", f"{head}\n{others}{rest}")
         trial = self._directory / str(best.number)

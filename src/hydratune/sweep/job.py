@@ -90,7 +90,9 @@ def text(value: Any) -> str:
     word = str(value)
     if (_SAFE.fullmatch(word) and "," not in word and "=" not in word) or word[:1] in "'\"[{":
         return word
-    return "'" + word.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # the grammar reads a backslash as one, but before a quote
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), word)
+    return f"'{escaped}'"
 
 
 def load_script(path: str) -> Any:

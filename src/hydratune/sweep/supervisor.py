@@ -271,8 +271,9 @@ class _Loop:
                 return self.study.running_elsewhere() > 0
             slot = self.free.pop(0)
             self.running[ticket.number] = (ticket, slot)
-            self.exporter.begin(ticket, slot)
-            self.executor.start(ticket.number, self._job(ticket, slot))
+            job = self._job(ticket, slot)
+            self.exporter.begin(job)
+            self.executor.start(ticket.number, job)
             self.view.started(ticket)
         return True
 
@@ -285,7 +286,10 @@ class _Loop:
             constraints=list(config.constraints), sampler=config.sampler, pruner=config.pruner,
             pruner_options=dict(config.pruner_options), prune_on=self.sweep.settings.prune_on,
         )  # fmt: skip
-        return Job(spec, self.sweep.task, slot, threads=threads(len(self.sweep.slots), self.sweep.settings))
+        each = threads(len(self.sweep.slots), self.sweep.settings)
+        return Job(
+            spec, self.sweep.task, slot | ({"OMP_NUM_THREADS": str(each)} if each else {}), threads=each
+        )
 
     def _finish(self, number: int, how: str) -> None:
         ticket, slot = self.running.pop(number)

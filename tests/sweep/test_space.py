@@ -1,0 +1,118 @@
+"""The space: what is searched, its grid, and points given by a user."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+
+from hydratune.errors import UserError
+from hydratune.sweep.job import Command, text
+from hydratune.sweep.space import Choice, Float, Int, Paired, Space, as_space
+
+SIZES = Paired({"peft.r": 8, "peft.lora_alpha": 16}, {"peft.r": 16, "peft.lora_alpha": 64})
+
+
+def test_a_grid_counts_with_its_last_dimension_fastest_and_has_each_point_once():
+    space = as_space({"lr": ["1e-5", "2e-5"], "size": SIZES, "seed": [1, 1, 2]})
+    assert space.finite and len(space) == 2 * 2 * 2
+    points = list(space.grid())
+    assert [p["lr"] for p in points] == ["1e-5"] * 4 + ["2e-5"] * 4
+    assert [p["seed"] for p in points] == [1, 2] * 4
+    assert len({tuple(p.items()) for p in points}) == 8
+
+
+def test_paired_settings_move_together():
+    space = as_space({"size": SIZES})
+    seen = []
+
+    def objective(trial):
+        seen.append(tuple(space.suggest(trial).items()))
+        return 0.0
+
+    optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).optimize(objective, n_trials=12)
+    assert set(seen) == {(("peft.r", 8), ("peft.lora_alpha", 16)), (("peft.r", 16), ("peft.lora_alpha", 64))}
+
+
+def test_a_function_adds_settings_that_depend_on_others():
+    def more(trial):
+        kind = trial.suggest_categorical("peft", ["none", "lora"])
+        return {"peft": kind} | ({"peft.r": trial.suggest_int("peft.r", 4, 8)} if kind == "lora" else {})
+
+    space = Space({"lr": Float(1e-5, 1e-3, log=True)}, more)
+    points = []
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(lambda t: points.append(space.suggest(t)) or 0.0, n_trials=20)
+    assert not space.finite
+    assert {("peft.r" in p) for p in points if p["peft"] == "lora"} == {True}
+    assert {("peft.r" in p) for p in points if p["peft"] == "none"} == {False}
+
+
+@pytest.mark.parametrize(
+    "kind, low, high, log", [(Float, 1e-3, 1e-5, False), (Float, 0.0, 1.0, True), (Int, 5, 1, False)]
+)
+def test_bounds_that_cannot_be(kind, low, high, log):
+    with pytest.raises(UserError, match="interval"):
+        kind(low, high, log=log)
+
+
+def test_known_good_points_take_the_types_of_the_space():
+    space = as_space({"lr": Float(1e-5, 1e-2), "r": Choice("8", "16"), "n": Int(1, 9), "size": SIZES})
+    given = {"lr": "2e-5", "r": 16, "n": 3, "peft.r": 16, "peft.lora_alpha": 64}
+    assert space.parameters(given) == {"lr": 2e-5, "r": "16", "n": 3, "size": SIZES.labels[1]}
+    with pytest.raises(UserError) as error:
+        space.parameters({"lr": 1.0, "x": 2})
+    assert len(error.value.violations) == 2
+
+
+@pytest.mark.parametrize("value", [(), "abc", 3])
+def test_what_is_no_dimension_is_refused(value):
+    with pytest.raises(UserError):
+        as_space({"lr": value})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        3,
+        1e-05,
+        "1e-5",
+        "a b",
+        "it's",
+        "a,b",
+        "x=y",
+        "",
+        ["a", 1, None],
+        {"k": [1, "b c"]},
+        "back\\slash",
+        "ends\\",
+        "both\\'",
+        "(x)",
+        "${a}",
+    ],
+)
+def test_a_value_comes_back_from_hydras_grammar_as_it_was(value):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    (override,) = OverridesParser.create().parse_overrides([f"key={text(value)}"])
+    plain = override.value()
+    assert _plain(plain) == (1e-5 if value == "1e-5" else value)
+
+
+def _plain(value):
+    from hydra.core.override_parser.types import QuotedString
+
+    if isinstance(value, QuotedString):
+        return value.text
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def test_a_trials_setting_replaces_the_one_that_all_have():
+    command = Command("/x/train.py", ("peft=lora", "++trainer.seed=3", "lr=1e-3"), "/x")
+    assert command.arguments({"lr": 2e-5, "trainer.seed": 4}) == ["peft=lora", "lr=2e-05", "trainer.seed=4"]
+    assert command.line({"lr": "2e-5"}).startswith("python train.py peft=lora")
