@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,8 @@ def open_storage(storage: str, *, create: bool = True) -> BaseStorage:
         UserError: it cannot be opened, or its driver is not installed.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="Constraints have been set")  # ours, and CMA-ES cannot use them
     if not is_url(storage):
         path = Path(storage).expanduser()
         try:

@@ -156,6 +156,7 @@ class Study:
             str, tuple[Any, float]
         ] = {}  # other workers' signs of life, and when they last changed
         self._beat = 0.0
+        self.exhausted = False  # whether the sampler knows of nothing more to try
         with self._lock():
             self.optuna = optuna.create_study(
                 storage=self.storage, study_name=config.name, directions=list(config.directions),
@@ -211,7 +212,7 @@ class Study:
         with self._lock():
             trials = self.trials()
             taken = sum(t.state != TrialState.WAITING for t in trials)
-            if self.config.n_trials is not None and taken >= self.config.n_trials:
+            if self.exhausted or (self.config.n_trials is not None and taken >= self.config.n_trials):
                 return None
             self.optuna.sampler = self._samplers.make(len(trials))
             trial = self.optuna.ask()
@@ -257,7 +258,15 @@ class Study:
             if f"constraints:{name}" not in trial.system_attrs:
                 handle.set_constraint(name, value)
         state = _TELLS.get(outcome.state, TrialState.PRUNED)
-        self.optuna.tell(trial.number, outcome.values if state == TrialState.COMPLETE else None, state=state)
+        try:
+            values = outcome.values if state == TrialState.COMPLETE else None
+            self.optuna.tell(trial.number, values, state=state)
+        except (
+            RuntimeError
+        ) as error:  # the sampler has tried everything; the outcome is in the storage by then
+            if "Study.stop" not in str(error):
+                raise
+            self.exhausted = True
 
     def _attr(self, trial: FrozenTrial, name: str, value: Any) -> None:
         self.storage.set_trial_user_attr(trial._trial_id, name, value)
