@@ -19,16 +19,17 @@ _PUBLIC = {
     "Int": "space",
     "Paired": "space",
     "Pruned": "trial",
+    "Result": "supervisor",
     "Space": "space",
     "Sweep": "supervisor",
     "current": "trial",
     "run": "supervisor",
 }
-__all__ = ["Choice", "Float", "Int", "Paired", "Pruned", "Space", "Sweep", "current", "run"]
+__all__ = ["Choice", "Float", "Int", "Paired", "Pruned", "Result", "Space", "Sweep", "current", "run"]
 
 if TYPE_CHECKING:
     from hydratune.sweep.space import Choice, Float, Int, Paired, Space
-    from hydratune.sweep.supervisor import Sweep, run
+    from hydratune.sweep.supervisor import Result, Sweep, run
     from hydratune.sweep.trial import Pruned, current
 
 

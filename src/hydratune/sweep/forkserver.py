@@ -22,7 +22,10 @@ CRASHED = 70  # exit code of a child whose start failed
 
 
 def main() -> int:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not be there in a child
+    # threads of libraries would not be there in a child: numpy's, arrow's allocator's, the tokenizers'
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not start CUDA here
     if sys.argv[1] == "--once":
         from hydratune.sweep.job import run_packed
