@@ -149,7 +149,6 @@ class Study:
         self.config, self.directory = config, directory
         self.pruner = make_pruner(config.pruner, config.pruner_options)
         self._samplers = SamplerFactory(config.sampler, config.sampler_options, config.seed)
-        self._samplers.make(0)  # a wrong option is an error now, not in the first trial
         self.storage: BaseStorage = open_storage(config.storage)
         self.worker = f"{_here()}:{os.getpid()}:{_process_started(os.getpid())}:{uuid.uuid4().hex[:8]}"
         self._seen: dict[

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hydratune.settings import SweepSettings
 from hydratune.sweep.executors import Executor, devices, make_executor, slots
 from hydratune.sweep.export import Exporter
 from hydratune.sweep.job import Command, Job
+from hydratune.sweep.search import SamplerFactory, make_pruner
 from hydratune.sweep.space import Dimension, Space, as_space
 from hydratune.sweep.storage import can_be_shared
 from hydratune.sweep.study import Outcome, Record, Study, StudyConfig, Ticket, best
@@ -151,9 +153,15 @@ class Sweep:
             )
         if settings.n_trials is not None and settings.n_trials < 1:
             wrong.append(Violation("sweep.n_trials", settings.n_trials, "is out of range", "give 1 or more"))
-        for text in settings.constraints:
+        checks: list[Callable[[], Any]] = [
+            *(partial(Bound.parse, text) for text in settings.constraints),
+            *(partial(self.space.parameters, point) for point in settings.enqueue),
+            partial(make_pruner, settings.pruner, settings.pruner_options),
+            partial(SamplerFactory(self.sampler, settings.sampler_options, 0).make, 0),
+        ]
+        for check in checks:
             with _gather(wrong):
-                Bound.parse(text)
+                check()
         if wrong:
             raise UserError(wrong)
 
