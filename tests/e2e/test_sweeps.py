@@ -16,7 +16,7 @@ import train
 import yaml
 
 from hydratune.sweep.executors import ForkExecutor
-from hydratune.sweep.job import Command
+from hydratune.sweep.job import Command, pack
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -261,11 +261,9 @@ def test_the_wandb_sweep_file_names_what_can_be_set():
 
 
 def test_the_warm_process_holds_data_and_weights_and_is_fit_to_be_forked(tmp_path, monkeypatch):
-    import cloudpickle
-
     monkeypatch.setenv("HYDRATUNE_CACHE", str(tmp_path / "cache"))
     task = Command(str(ROOT / "train.py"), tuple(QUICK), str(tmp_path), warm_with=(tuple(QUICK),))
-    executor = ForkExecutor(cloudpickle.dumps(task))
+    executor = ForkExecutor(pack(task))
     try:
         report = executor.warm_up()
     finally:

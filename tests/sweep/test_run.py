@@ -15,7 +15,7 @@ from hydratune import sweep
 from hydratune.errors import UserError
 from hydratune.settings import SweepSettings
 from hydratune.sweep.executors import ForkExecutor, ProcessExecutor, slots
-from hydratune.sweep.job import Job
+from hydratune.sweep.job import Job, pack
 from hydratune.sweep.trial import TrialSpec
 
 
@@ -267,7 +267,7 @@ def job(tmp_path: Path, task, number: int = 0) -> Job:
 
 
 def test_the_warm_process_has_one_thread_and_no_accelerator():
-    executor = ForkExecutor(b"\x80\x04N.")  # None, pickled
+    executor = ForkExecutor(pack(None))
     try:
         report = executor.warm_up()
     finally:
@@ -284,7 +284,7 @@ def test_a_trial_sees_its_device_and_can_run_in_parallel(kind, tmp_path):
         x = torch.randn(600, 600)
         return float(os.environ["CUDA_VISIBLE_DEVICES"]) + 0 * float((x @ x).sum())
 
-    executor = ForkExecutor(b"\x80\x04N.") if kind == "fork" else ProcessExecutor()
+    executor = ForkExecutor(pack(None)) if kind == "fork" else ProcessExecutor()
     try:
         executor.start(7, job(tmp_path, task))
         ended: list = []

@@ -127,14 +127,15 @@ def _kill_group(pid: int) -> None:
 
 def _warm(packed: bytes) -> dict[str, Any]:
     """Import and read ahead what the tasks will want; an error only means that trials do it themselves."""
-    import cloudpickle
     import torch
+
+    from hydratune.sweep.job import unpack
 
     torch.set_num_threads(1)  # no parallel region: its thread pool would not survive a fork
     try:
         from hydratune.sweep.warm import warm
 
-        warm(cloudpickle.loads(packed))
+        warm(unpack(packed))
         error = ""
     except Exception as problem:
         error = f"{type(problem).__name__}: {problem}"

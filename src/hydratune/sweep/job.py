@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pickle
 import re
 import shlex
 import signal
@@ -134,7 +135,7 @@ class Job:
     threads: int | None = None
 
     def pack(self) -> bytes:
-        return cloudpickle.dumps(self)  # functions of a script or a notebook go by value
+        return pack(self)
 
     def run(self) -> int:
         """Run in this process; gives its exit code. The console goes to the trial's console.log."""
@@ -173,7 +174,18 @@ class Job:
         os.close(log)
 
 
+def pack(value: Any) -> bytes:
+    """For another process: functions of a script or a notebook go by value, those of modules with the way to them."""
+    return pickle.dumps(([str(Path(p).absolute()) for p in sys.path], cloudpickle.dumps(value)))
+
+
+def unpack(packed: bytes) -> Any:
+    paths, value = pickle.loads(packed)
+    sys.path += [p for p in paths if p not in sys.path]
+    return cloudpickle.loads(value)
+
+
 def run_packed(packed: bytes) -> int:
     """Run a packed job in this process."""
-    job: Job = cloudpickle.loads(packed)
+    job: Job = unpack(packed)
     return job.run()

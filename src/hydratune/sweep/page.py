@@ -27,6 +27,13 @@ from hydratune.tracking import read_metrics
 _EVERY = 15.0  # seconds between drawings while the sweep runs
 _POINTS = 400  # of one curve
 _COLOURS = ("#3b78e7", "#d9572b", "#2a9d5c", "#9657c9", "#c99a1e", "#d1477f", "#1fa3b8", "#7a7f87")
+_STATES = {
+    "COMPLETE": "#2a9d5c",
+    "PRUNED": "#c99a1e",
+    "FAIL": "#c0392b",
+    "RUNNING": "#3b78e7",
+    "WAITING": "#7a7f87",
+}
 
 
 def main() -> int:
@@ -97,6 +104,22 @@ def page(directory: Path, facts: dict[str, Any]) -> str:
 
 
 def _json(figure: Any) -> str:
+    """A figure in colours that can be told apart on light and dark paper."""
+    from plotly.colors import sample_colorscale
+
+    bar = (
+        [t for t in figure.data if t.mode == "markers" and t.hoverinfo == "skip"]
+        if figure.data[0].type == "scatter"
+        else []
+    )
+    for trace in figure.data:
+        if bar and trace.customdata is not None and trace.mode == "lines":  # of the parallel coordinates
+            place = 1 - trace.y[0] if bar[0].marker.reversescale else trace.y[0]
+            trace.line.color, trace.line.width, trace.opacity = sample_colorscale("Viridis", place)[0], 2, 0.8
+        elif trace.type == "bar" and trace.name in _STATES:
+            trace.marker.color = _STATES[trace.name]
+        elif getattr(getattr(trace, "marker", None), "colorscale", None):
+            trace.marker.colorscale, trace.marker.line.width = "Viridis", 0
     return figure.to_json().replace("</", "<\\/")  # no text of a user's may end the script
 
 
@@ -118,6 +141,7 @@ def plots(directory: Path, facts: dict[str, Any]) -> list[tuple[str, Any]]:
     import optuna.visualization as draw
 
     study = display_study(facts)
+    curves = [(f"{title} of all trials", figure) for title, figure in _curves(directory, facts)]
     done = [t for t in study.trials if t.values]
     objective = facts["objectives"][0]
     found: list[tuple[str, Any]] = []
@@ -152,7 +176,7 @@ def plots(directory: Path, facts: dict[str, Any]) -> list[tuple[str, Any]]:
         (
             "Reported values",
             lambda: draw.plot_intermediate_values(study),
-            any(t.intermediate_values for t in study.trials),
+            not curves and any(t.intermediate_values for t in study.trials),
         ),
         ("Timeline", lambda: draw.plot_timeline(study), any(t.datetime_start for t in study.trials)),
     ]
@@ -162,7 +186,7 @@ def plots(directory: Path, facts: dict[str, Any]) -> list[tuple[str, Any]]:
                 ValueError, RuntimeError
             ):  # too little to compute it from, e.g. no variance
                 found.append((title, make()))
-    found[1:1] = [(f"{title} of all trials", figure) for title, figure in _curves(directory, facts)]
+    found[1:1] = curves
     return found
 
 

@@ -21,7 +21,7 @@ from hydratune.objective import Objective, direction
 from hydratune.settings import SweepSettings
 from hydratune.sweep.executors import Executor, devices, make_executor, slots
 from hydratune.sweep.export import Exporter
-from hydratune.sweep.job import Command, Job
+from hydratune.sweep.job import Command, Job, pack
 from hydratune.sweep.search import SamplerFactory, make_pruner
 from hydratune.sweep.space import Dimension, Space, as_space
 from hydratune.sweep.storage import can_be_shared
@@ -207,7 +207,7 @@ class Sweep:
             self.settings.executor,
             self.settings.executor_options,
             fork=self.settings.fork,
-            warm_with=_packed(self.task),
+            warm_with=pack(self.task),
             directory=self.directory,
         )
         exporter = Exporter(study, self.task, self.settings.keep)
@@ -436,12 +436,6 @@ def _gather(into: list[Violation]) -> Iterator[None]:
         yield
     except UserError as error:
         into += error.violations
-
-
-def _packed(task: Any) -> bytes:
-    import cloudpickle
-
-    return cloudpickle.dumps(task)
 
 
 def _near(path: Path) -> str:
