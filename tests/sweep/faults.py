@@ -11,6 +11,7 @@ what happened. Exits 0 when the study is complete and consistent, 1 with the dif
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -64,10 +65,8 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def check(folder: Path, storage: str) -> list[str]:
