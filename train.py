@@ -228,7 +228,10 @@ def _hydra(typed: list[str], shown: list[str], *, checked: bool = False) -> Any:
         ):
             check_command(overrides, multirun=args.multirun, args=args)
         sys.argv = [str(CONF.parent / "train.py"), *options, *overrides]
-        hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(task)()
+        if checked and not options:
+            _run_once(task, overrides)
+        else:
+            hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(Violation("command line", None, *explain(error))) from error
     if stopped:
@@ -236,6 +239,22 @@ def _hydra(typed: list[str], shown: list[str], *, checked: bool = False) -> Any:
             _remove_unused(path, absent)
         raise stopped[0]
     return returned[0] if returned else None
+
+
+def _run_once(task: Any, overrides: list[str]) -> None:
+    """What `hydra.main` does for one run, without composing the config a first time only to look for `hydra.mode`."""
+    from hydra import version
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_automatic_config_search_path
+    from hydra.core.global_hydra import GlobalHydra
+
+    version.setbase("1.3")
+    search_path = create_automatic_config_search_path(str(CONF.parent / "train.py"), None, str(CONF))
+    try:
+        app = Hydra.create_main_hydra2(task_name="train", config_search_path=search_path)
+        app.run("train", task, [*overrides, "hydra.mode=RUN"])
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def _remove_unused(directory: Path, absent: dict[Path, list[Path]]) -> None:

@@ -6,6 +6,7 @@ from disk or from the recipe's own seed, and the keyword arguments are copied be
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,10 @@ class ModelRecipe:
         """Keep a base model for the next `build` in this process, or in one forked from it."""
         if self.quantization_config is None:  # quantised weights are made on the accelerator
             held.hold(self._key(), self._base)
+            with contextlib.suppress(Exception):  # what saving looks up, which transformers then keeps
+                from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+                get_checkpoint_conversion_mapping(self.config().model_type)
 
     def _key(self) -> str:
         seed = self.seed if self.architecture is not None else None

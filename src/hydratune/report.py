@@ -76,6 +76,8 @@ def _series(
 def _draw(
     axes: Any, series: dict[str, tuple[list[float], list[float]]], colours: tuple[str, str, str, str]
 ) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     train, evaluation, ink, line = colours
     for name, (steps, values) in series.items():
         is_eval = name.startswith("eval_")
@@ -90,15 +92,21 @@ def _draw(
     axes.spines["bottom"].set_color(line)
     axes.tick_params(colors=ink, labelsize=8, length=0)
     axes.locator_params(axis="y", nbins=5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))  # steps are whole
+    axes.yaxis.get_offset_text().set(color=ink, fontsize=8)
     axes.margins(x=0.02)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=ink)
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float, **margins: float) -> Any:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(
+        **margins
+    )  # a layout engine would measure every label, twice the time of the drawing
+    return figure
 
 
 def _svg(title: str, series: dict[str, tuple[list[float], list[float]]], number: int) -> str:
@@ -108,7 +116,7 @@ def _svg(title: str, series: dict[str, tuple[list[float], list[float]]], number:
     with matplotlib.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": f"{title}{number}", "font.family": "sans-serif"}
     ):
-        figure = _figure(5.2, 2.5)
+        figure = _figure(5.2, 2.5, left=0.12, right=0.98, bottom=0.1, top=0.9)
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)
@@ -132,7 +140,17 @@ def _picture(charts: list[tuple[str, Any]], path: Path) -> None:
 
     shown = charts[:6]
     rows = max(1, (len(shown) + 1) // 2)
-    figure = _figure(10, 2.6 * rows)
+    inch = 1 / (2.6 * rows)
+    figure = _figure(
+        10,
+        2.6 * rows,
+        left=0.065,
+        right=0.985,
+        bottom=0.5 * inch,
+        top=1 - 0.3 * inch,
+        wspace=0.17,
+        hspace=0.42,
+    )
     for i, (title, series) in enumerate(shown):
         axes = figure.add_subplot(rows, 2, i + 1)
         _draw(axes, series, ("#2f6fde", "#d9572b", "#555555", "#dddddd"))

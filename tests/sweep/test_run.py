@@ -276,13 +276,13 @@ def test_the_warm_process_has_one_thread_and_no_accelerator():
 
 
 @pytest.mark.parametrize("kind", ["fork", "process"])
-def test_a_trial_sees_its_device_and_can_run_in_parallel(kind, tmp_path):
+def test_a_trial_sees_its_device_and_has_all_threads(kind, tmp_path):
     def task(settings):
         import torch
 
-        torch.set_num_threads(2)
         x = torch.randn(600, 600)
-        return float(os.environ["CUDA_VISIBLE_DEVICES"]) + 0 * float((x @ x).sum())
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+        return float(torch.get_num_threads()) + 0 * float((x @ x).sum())
 
     executor = ForkExecutor(pack(None)) if kind == "fork" else ProcessExecutor()
     try:
@@ -294,7 +294,10 @@ def test_a_trial_sees_its_device_and_can_run_in_parallel(kind, tmp_path):
     finally:
         executor.close()
     assert ended == [(7, "")]
-    assert '"values": [3.0]' in (tmp_path / "0" / "result.json").read_text()
+    alone = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.get_num_threads())"], capture_output=True, text=True
+    )
+    assert f'"values": [{float(alone.stdout)}]' in (tmp_path / "0" / "result.json").read_text()
 
 
 SUPERVISOR = """

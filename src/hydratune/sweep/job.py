@@ -21,6 +21,7 @@ from hydratune.checkpoints import last_checkpoint
 from hydratune.errors import Interrupted, Pruned
 from hydratune.sweep.trial import VARIABLE, TrialSpec, current
 
+THREADS = "HYDRATUNE_THREADS"  # of torch by default, where a warm process has set them to one
 _SAFE = re.compile(r"[\w./:@%+,=-]*")
 
 
@@ -144,10 +145,10 @@ class Job:
         os.environ.update(self.env)
         os.environ[VARIABLE] = str(self.spec.write())
         self._console()
-        if self.threads is not None:
+        if threads := self.threads or int(os.environ.get(THREADS, 0)):
             import torch
 
-            torch.set_num_threads(self.threads)
+            torch.set_num_threads(threads)
         if isinstance(self.task, Command):
             return self.task.run(self.spec)
         trial = current()

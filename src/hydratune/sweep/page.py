@@ -41,36 +41,38 @@ def main() -> int:
     with contextlib.suppress(OSError):
         os.nice(19)
     warnings.filterwarnings("ignore")
-    drawn = -1.0
+    seen = drawn = -1.0
+    last = time.monotonic() + 1 - _EVERY  # the first page soon, so that there is something to see
     while True:
-        # the first look is soon, so that there is something to see, the next ones are rare
-        ended = bool(select.select([sys.stdin], [], [], _EVERY if drawn >= 0 else 1.0)[0])
+        ended = bool(select.select([sys.stdin], [], [], 0.5)[0])
         with contextlib.suppress(
             OSError, ValueError
         ):  # read while it was being replaced: the next look draws it
             stamp = (directory / "study.json").stat().st_mtime
-            if stamp != drawn:
+            if stamp != seen:
+                draw_trials(directory)
+                seen = stamp
+            if stamp != drawn and (ended or time.monotonic() - last > _EVERY):
                 draw(directory)
-                drawn = stamp
+                drawn, last = stamp, time.monotonic()
         if ended:
             return 0
 
 
-def draw(directory: Path) -> None:
-    """Write the study's page, and those of the trials that have ended and have none yet."""
-    facts = json.loads((directory / "study.json").read_text(encoding="utf-8"))
-    for trial in facts["trials"]:
-        folder = directory / str(trial["number"])
-        if (folder / "summary.json").is_file() and not _fresh(folder):
+def draw_trials(directory: Path) -> None:
+    """Write the pages of the trials that have ended and have none yet."""
+    for folder in directory.glob("[0-9]*"):
+        summary, report = folder / "summary.json", folder / "report.html"
+        if summary.is_file() and not (report.is_file() and report.stat().st_mtime >= summary.stat().st_mtime):
             write_report(folder)
+
+
+def draw(directory: Path) -> None:
+    """Write the study's page."""
+    facts = json.loads((directory / "study.json").read_text(encoding="utf-8"))
     part = directory / "report.html.part"
     part.write_text(page(directory, facts), encoding="utf-8")
     part.replace(directory / "report.html")
-
-
-def _fresh(folder: Path) -> bool:
-    report, summary = folder / "report.html", folder / "summary.json"
-    return report.is_file() and report.stat().st_mtime >= summary.stat().st_mtime
 
 
 def page(directory: Path, facts: dict[str, Any]) -> str:

@@ -5,15 +5,18 @@ Trials find data and weights through `hydratune.held`; one that wants others tha
 
 from __future__ import annotations
 
+import gc
 from importlib import import_module
 from typing import Any
 
+from hydratune import algos
 from hydratune.sweep.job import Command, load_script
 
 _IMPORTS = (
-    "accelerate", "datasets", "matplotlib.pyplot", "optuna", "peft", "transformers.trainer", "transformers.models.auto.modeling_auto",
-    "hydratune.sweep.study", "hydratune.report", "hydratune.card", "hydratune.progress", "hydratune.samples", "hydratune.plan",
-    "hydratune.interrupt",
+    "accelerate", "datasets", "optuna", "peft", "transformers.trainer", "transformers.models.auto.modeling_auto",
+    "hydratune.sweep.study", "hydratune.card", "hydratune.progress", "hydratune.samples", "hydratune.plan",
+    "hydratune.interrupt", "hydratune.run", "hydratune.attention", "hydratune.data.pipeline", "hydratune.data.load", "hydratune.data.collate",
+    "hydra._internal.logging_config",
 )  # fmt: skip
 
 
@@ -22,9 +25,11 @@ def warm(task: Any) -> None:
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0  # its thread would not be there in a child
-    for name in _IMPORTS:
+    for name in [*_IMPORTS, *(f"hydratune.algos.{algo}" for algo in algos.names())]:
         import_module(name)
     if isinstance(task, Command):
         script = load_script(task.script)
         for arguments in task.warm_with:
             script.warm(list(arguments))
+    gc.collect()
+    gc.freeze()  # a collection in a child looks at its own objects alone, and copies none of these pages
