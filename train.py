@@ -6,19 +6,27 @@ that lists all that is wrong, and leaves no directory behind. Nothing here impor
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-CONF = Path(__file__).resolve().parent / "conf"
-SWEEPS = CONF.parent / "sweeps"
-_PICKED_BY = {"model.name_or_path": "model=local", "data.path": "data=local", "data.name": "data=hub"}
-_MOST_VALUES = 64  # of one swept key that are checked up front
+from hydratune.command import (
+    CONF,
+    arguments,
+    check_command,
+    entries,
+    explain,
+    group_names,
+    kept_search,
+    resumed,
+    rewrite,
+    with_kept_search,
+)
+
+_NO_WARM_START = ("check", "sweep.executor", "sweep.fork", "hydra/sweeper", "hydra/launcher")
 
 HELP = """\
 hydratune: experiments and sweeps for LLM post-training
@@ -65,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     current = trial.current()  # a sweep's trial writes down how it ended
     before, argv_before = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing and exiting
+    from hydratune.sweep.executors import ForkExecutor
+
     try:
         if current is None:
             _hydra(resumed(typed), typed)
@@ -77,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         print(message(error), file=sys.stderr)
         return getattr(error, "exit_code", Interrupted.exit_code)
     finally:
+        ForkExecutor.dismiss()
         sys.argv = argv_before
         os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
 
@@ -111,65 +122,7 @@ def help_text() -> str:
     return HELP.format(groups=groups, shortcuts=lines).rstrip()
 
 
-def group_names() -> list[str]:
-    from hydratune.config import SECTIONS
-
-    return [
-        *SECTIONS,
-        *sorted(f.name for f in CONF.iterdir() if f.is_dir() and f.name not in (*SECTIONS, "hydra")),
-    ]
-
-
-def entries(group: str) -> list[str]:
-    if group == "sweep":
-        return ["none", *sorted(p.stem for p in SWEEPS.glob("*.yaml"))]
-    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
-
-
-def kept_search(name: str) -> dict[str, Any]:
-    """A search of `sweeps/`: the fields of `SweepSettings` that it sets."""
-    import yaml
-
-    path = SWEEPS / f"{name}.yaml"
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
-
-
 # ------------------------------------------------------------------ Hydra
-
-
-def resumed(typed: list[str]) -> list[str]:
-    """The command line of `resume=RUN`: the overrides that the run was started with, those given now after them.
-
-    The run goes on in its own directory, and so does a sweep, which its study's name stands for as well. A directory
-    that holds neither is left to the checks, which say so.
-    """
-    given = next((a.partition("=")[2].strip("'\"") for a in typed if a.startswith("resume=")), "")
-    run = Path(given).expanduser()
-    if given and not run.exists() and (Path("outputs/sweeps") / given).is_dir():
-        run = Path("outputs/sweeps") / given
-    run = run.parent.parent if run.name.startswith("checkpoint-") else run
-    if given and (command := run / "command.json").is_file():
-        mine = {_key(a) for a in typed}
-        before = [
-            a for a in json.loads(command.read_text(encoding="utf-8")) if _key(a) not in mine or a[:1] == "-"
-        ]
-        before = [a for a in before if _key(a) not in ("output_dir", "check")]
-        now = [a for a in typed if _key(a) != "resume" and a not in ("-m", "--multirun")]
-        return [*before, f"output_dir='{run}'", *now]
-    saved = run / ".hydra" / "overrides.yaml"
-    if not given or not saved.is_file():
-        return typed
-    import yaml
-
-    mine = {_key(a) for a in typed}
-    before = [o for o in yaml.safe_load(saved.read_text(encoding="utf-8")) or [] if _key(o) not in mine]
-    before = [o for o in before if _key(o) not in ("output_dir", "resume", "check")]
-    place = [] if "output_dir" in mine else [f"output_dir='{run}'"]
-    return [*before, *place, *typed]
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].lstrip("+~")
 
 
 def _hydra(typed: list[str], shown: list[str], *, checked: bool = False) -> Any:
@@ -180,16 +133,19 @@ def _hydra(typed: list[str], shown: list[str], *, checked: bool = False) -> Any:
     from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    from hydratune.config import parse
+    from hydratune.config import key_of, parse
     from hydratune.errors import Pruned, TrainingFailed, UserError, Violation
+    from hydratune.sweep.executors import ForkExecutor
 
     absent: dict[Path, list[Path]] = {}
     _register_resolvers(absent)
-    args = _arguments(typed)
+    args = arguments(typed)
     overrides = rewrite(with_kept_search(args.overrides))
     _register_searches()
     options = [a for a in typed if a not in args.overrides]
     command = shlex.join(["python", "train.py", *shown])
+    if args.multirun and not args.cfg and not any(key_of(o) in _NO_WARM_START for o in overrides):
+        ForkExecutor.launch()  # imports for the trials while the command line is still being read
     stopped: list[BaseException] = []
     returned: list[Any] = []
 
@@ -296,219 +252,6 @@ def _register_searches() -> None:
     store = ConfigStore.instance()
     for name in entries("sweep")[1:]:
         store.store(group="sweep", name=name, node=kept_search(name), package="sweep")
-
-
-def with_kept_search(overrides: list[str]) -> list[str]:
-    """The overrides, with what `sweep=NAME` starts from before them and what it searches after them.
-
-    A key that is set on the command line, to a value or to several, is left as it is there.
-    """
-    name = next((o.partition("=")[2] for o in overrides if o.startswith("sweep=")), "none")
-    search, mine = kept_search(name), {_key(o) for o in overrides}
-    before = [o for o in search.get("base") or [] if _key(o) not in mine]
-    space = {k: v for k, v in (search.get("space") or {}).items() if k not in mine}
-    return [*before, *overrides, *(f"{key}={as_values(values)}" for key, values in space.items())]
-
-
-def as_values(values: Any) -> str:
-    """Values of a search's file in the grammar of the command line: a list stands for its items."""
-    from hydratune.sweep.job import text
-
-    return ",".join(text(v) for v in values) if isinstance(values, list) else str(values)
-
-
-def _arguments(typed: list[str]) -> Any:
-    """The command line as Hydra's own parser splits it.
-
-    Raises:
-        UserError: an option that does not exist.
-    """
-    from hydra._internal.utils import get_args_parser
-
-    from hydratune.errors import UserError, Violation, nearest
-
-    parser = get_args_parser()
-
-    def refuse(text: str) -> None:
-        bad = next(
-            (a for a in typed if a.startswith("-") and a.split("=")[0] not in parser._option_string_actions),
-            None,
-        )
-        known = [o for o in parser._option_string_actions if o.startswith("--")]
-        fix = nearest(bad, known) if bad else "see --help"
-        raise UserError(Violation(bad or "command line", None, text, fix))
-
-    parser.error = refuse  # type: ignore[method-assign, assignment]
-    args = parser.parse_args(typed)
-    if args.config_dir and not Path(args.config_dir).is_dir():
-        raise UserError(
-            Violation("--config-dir", args.config_dir, "there is no such folder", "give an existing one")
-        )
-    if args.multirun and args.cfg:
-        raise UserError(Violation("--multirun", None, "cannot go with --cfg", "leave out one of them"))
-    return args
-
-
-def rewrite(overrides: list[str]) -> list[str]:
-    """Overrides as Hydra shall see them.
-
-    A declared field needs no `+`: fields of our groups are forced in, and judged by `parse`. Naming a model or data
-    of one's own picks the entry for it, so that what the default entry sets for its small model does not stay.
-    """
-    from hydratune.config import SECTIONS, key_of
-
-    picked = {key_of(o) for o in overrides}
-    result = [
-        f"++{o}" if o.partition(".")[0] in SECTIONS and "." in o.partition("=")[0] and "=" in o else o
-        for o in overrides
-    ]
-    for override in overrides:
-        entry, (key, _, value) = _PICKED_BY.get(key_of(override)), override.partition("=")
-        group = entry.partition("=")[0] if entry else ""
-        if entry and group not in picked and value not in ("", "null") and not key.startswith("~"):
-            result.append(entry)
-            picked.add(group)
-    return result
-
-
-# ------------------------------------------------------------------ checks before Hydra runs
-
-
-def check_command(overrides: list[str], *, multirun: bool, args: Any) -> None:
-    """Every override by itself, then what they compose to, for each value of a sweep.
-
-    Raises:
-        UserError: with all that is wrong.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException, OverrideParseException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from hydratune.checks import check_settings
-    from hydratune.config import parse
-    from hydratune.errors import UserError, Violation
-
-    violations: list[Violation] = []
-    good: list[list[str]] = []  # for each override, the single-valued ones that it stands for
-    parser = OverridesParser.create()
-    own_files = bool(args.config_dir or args.config_name)
-    for text in overrides:
-        try:
-            (parsed,) = parser.parse_overrides([text])
-        except OverrideParseException as error:
-            violations.append(Violation(text.lstrip("+"), None, *explain(error)))
-            continue
-        wrong = list(_check_override(parsed, multirun=multirun, own_files=own_files))
-        violations += wrong
-        if not wrong:
-            good.append(list(_single(parsed, text)))
-    main, beside = CONF, Path(args.config_dir).resolve() if args.config_dir else None
-    if beside is not None:
-        if args.config_name and (beside / f"{args.config_name}.yaml").is_file():
-            main, beside = beside, CONF  # the primary config is looked for in the first of them alone
-        good.append([f"hydra.searchpath=[file://{beside}]"])
-    first = [values[0] for values in good if values]
-    variants = [first]
-    for i, values in enumerate(values for values in good if values):
-        variants += [[*first[:i], other, *first[i + 1 :]] for other in values[1:]]
-    with initialize_config_dir(config_dir=str(main), version_base="1.3"):
-        for variant in variants:
-            try:
-                cfg = compose(args.config_name or "train", overrides=variant, return_hydra_config=True)
-                choices = dict(cfg.hydra.runtime.choices)
-                if args.cfg is None:
-                    settings = parse(cfg, choices=choices, overrides=variant, conf=CONF)
-                    if multirun:  # a run checks itself; of a sweep, nothing shall start that cannot work
-                        check_settings(settings).raise_if_any()
-            except UserError as error:
-                violations += error.violations
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                if not violations:
-                    violations.append(Violation("command line", None, *explain(error)))
-    if violations:
-        raise UserError({str(v): v for v in violations}.values())
-
-
-def _check_override(parsed: Any, *, multirun: bool, own_files: bool) -> Iterator[Any]:
-    """What is wrong with one override by itself: its key, a group's entry, several values without -m."""
-    from hydratune.config import SECTIONS, SHORTCUTS, misspelt_top_level
-    from hydratune.errors import Violation, nearest
-
-    key, groups = parsed.key_or_group, group_names()
-    shown = parsed.get_value_string() if parsed.value_type is not None else None
-    if key.partition(".")[0].partition("/")[0] == "hydra":
-        return
-    if key.partition(".")[0] == "sweep" and not multirun and shown != "none":
-        yield Violation(key, shown, "is of a sweep, this is one run", "add -m")
-        return
-    if parsed.is_sweep_override() and not multirun:
-        as_list = f"; a list is {key}=[{shown}]" if "." in key else ""
-        yield Violation(
-            key, shown, "has several values, one run takes one", f"add -m for one run each{as_list}"
-        )
-        return
-    if key in groups:
-        known = entries(key)
-        if parsed.is_add():
-            yield Violation(
-                f"+{key}", shown, "this group has an entry already", f"leave out the +: {key}={shown}"
-            )
-        for entry in [] if own_files or parsed.is_delete() else _texts(parsed):
-            if entry not in known:
-                near = nearest(entry, known)
-                also = "" if near.startswith("known") else f" (known: {', '.join(known)})"
-                yield Violation(key, entry, f"there is no such entry in conf/{key}", near + also)
-    elif key.partition(".")[0] not in (*SECTIONS, *SHORTCUTS) and not own_files:
-        yield Violation(key, shown, "there is no such key", misspelt_top_level(key))
-
-
-def _texts(parsed: Any) -> list[str]:
-    """The values of an override as texts, one for each value of a sweep."""
-    if not parsed.is_sweep_override():
-        return [parsed.get_value_element_as_str().strip("'\"")]
-    return [s.partition("=")[2].strip("'\"") for s in _single(parsed, "")]
-
-
-def _single(parsed: Any, text: str) -> Iterator[str]:
-    """An override as overrides with one value each: a sweep's values, an interval's two ends."""
-    from hydra.core.override_parser.types import Glob, IntervalSweep
-
-    if not parsed.is_sweep_override():
-        yield text
-        return
-    key, value = parsed.get_key_element(), parsed.value()
-    if isinstance(value, IntervalSweep):
-        yield from (f"{key}={value.start}", f"{key}={value.end}")
-    elif isinstance(value, Glob):
-        yield from (f"{key}={name}" for name in value.filter(entries(parsed.key_or_group)))
-    else:
-        for i, one in enumerate(parsed.sweep_string_iterator()):
-            if i < _MOST_VALUES:
-                yield f"{key}={one}"
-
-
-def explain(error: Exception) -> tuple[str, str]:
-    """Why, and the way out, for an error of Hydra or OmegaConf."""
-    from hydra.errors import MissingConfigException, OverrideParseException
-
-    from hydratune.errors import nearest
-
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, OverrideParseException):
-        if "=" not in error.override:
-            return "is not KEY=VALUE", "write it as KEY=VALUE; --help lists the groups and keys"
-        return (
-            "cannot be read as KEY=VALUE",
-            "one = between key and value; quote special characters twice: 'KEY=\"a, b=c\"'",
-        )
-    if isinstance(error, MissingConfigException):
-        options = [str(o) for o in error.options or []]
-        missing = str(error.missing_cfg_file or "")
-        return " ".join(lines[:1]), nearest(
-            missing.rpartition("/")[2], options
-        ) if options else "check the name and --config-dir"
-    return " ".join(lines[:2]) or type(error).__name__, "see --help for groups, keys and examples"
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ def how_it_ended(code: int) -> str:
 class ForkExecutor:
     """Trials are children of a warm server process (`forkserver.py`); a server that dies is started again."""
 
+    _launched: tuple[subprocess.Popen[bytes], Connection] | None = None  # ahead of the first executor
+
     def __init__(self, warm_with: bytes):
         self._warm_with = warm_with
         self._server: subprocess.Popen[bytes] | None = None
@@ -57,17 +59,25 @@ class ForkExecutor:
         self._pids: dict[int, int] = {}  # of the jobs that run: key → process, 0 until it is known
         self.report: dict[str, Any] = {}
 
+    @classmethod
+    def launch(cls) -> None:
+        """Start a server that imports while the search is still being read; `dismiss` ends it if none takes it."""
+        if cls._launched is None:
+            cls._launched = _start_server()
+
+    @classmethod
+    def dismiss(cls) -> None:
+        if cls._launched is not None:
+            server, connection = cls._launched
+            cls._launched = None
+            connection.close()
+            server.kill()
+            server.wait()
+
     def warm_up(self) -> dict[str, Any]:
         """Start the server and wait until it is warm; gives what it says of itself."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._server = subprocess.Popen(
-                [sys.executable, "-m", "hydratune.sweep.forkserver", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        self._connection = Connection(ours.detach())
+        ready, ForkExecutor._launched = ForkExecutor._launched, None
+        self._server, self._connection = ready or _start_server()
         self._connection.send(("warm", self._warm_with))
         try:
             _, self.report = self._connection.recv()
@@ -141,6 +151,18 @@ class ForkExecutor:
                 self._server.wait()
             self._server = None
         self._pids.clear()
+
+
+def _start_server() -> tuple[subprocess.Popen[bytes], Connection]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "hydratune.sweep.forkserver", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return server, Connection(ours.detach())
 
 
 class ProcessExecutor:

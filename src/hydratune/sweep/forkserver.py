@@ -33,7 +33,12 @@ def main() -> int:
         die_with_parent(int(sys.argv[2]))
         return run_packed(sys.stdin.buffer.read())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
-    Server(Connection(int(sys.argv[1]))).serve()
+    connection = Connection(int(sys.argv[1]))
+    with contextlib.suppress(Exception):  # told with the answer to "warm", which imports the same
+        from hydratune.sweep.warm import import_all
+
+        import_all()
+    Server(connection).serve()
     os._exit(0)  # there is nothing to tidy up, and tearing down all that was imported takes a second
 
 

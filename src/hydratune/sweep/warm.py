@@ -20,13 +20,17 @@ _IMPORTS = (
 )  # fmt: skip
 
 
-def warm(task: Any) -> None:
-    """Import what every trial imports; for a `Command`, also read what its first trials will want."""
+def import_all() -> None:
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0  # its thread would not be there in a child
     for name in [*_IMPORTS, *(f"hydratune.algos.{algo}" for algo in algos.names())]:
         import_module(name)
+
+
+def warm(task: Any) -> None:
+    """Import what every trial imports; for a `Command`, also read what its first trials will want."""
+    import_all()
     if isinstance(task, Command):
         script = load_script(task.script)
         for arguments in task.warm_with:
