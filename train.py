@@ -109,6 +109,8 @@ def warm(argv: list[str]) -> None:
     from hydratune.run import warm
 
     _register_resolvers({})
+    if any(a.startswith("-") for a in argv):
+        return  # a config of another folder: its trials prepare for themselves
     with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         cfg = compose("train", overrides=rewrite(argv), return_hydra_config=True)
     warm(parse(cfg, choices=dict(cfg.hydra.runtime.choices), overrides=argv, conf=CONF))

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from hydratune.errors import UserError
+from hydratune.sweep.commands import app as sweep
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode="markdown")
+app.add_typer(sweep, name="sweep")
 
 
 @app.callback()

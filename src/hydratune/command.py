@@ -27,7 +27,9 @@ def resumed(typed: list[str]) -> list[str]:
     if given and (command := run / "command.json").is_file():
         mine = {_key(a) for a in typed}
         before = [
-            a for a in json.loads(command.read_text(encoding="utf-8")) if _key(a) not in mine or a[:1] == "-"
+            a
+            for a in json.loads(command.read_text(encoding="utf-8"))["arguments"]
+            if _key(a) not in mine or a[:1] == "-"
         ]
         before = [a for a in before if _key(a) not in ("output_dir", "check")]
         now = [a for a in typed if _key(a) != "resume" and a not in ("-m", "--multirun")]

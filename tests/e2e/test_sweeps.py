@@ -99,6 +99,81 @@ def test_the_best_settings_are_a_config_and_a_script(grid, tmp_path):
     assert objective(tmp_path / "config") == objective(tmp_path / "script") == best
 
 
+def hydratune(*words: str, cwd: Path, code: int = 0) -> str:
+    line = [sys.executable, "-c", "from hydratune.cli import app; app()", "sweep", *words]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=cwd)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_small_commands_of_a_study(grid, tmp_path):
+    folder, _ = grid
+    home = folder.parents[2]
+    assert f"{folder.name}: 2 complete · best eval_loss" in hydratune("status", cwd=home)
+    shown = hydratune("status", folder.name, cwd=home)
+    assert "★" in shown and "0.002" in shown
+    assert hydratune("best", str(folder), cwd=tmp_path).strip().endswith("lr=0.002")
+    hydratune(
+        "rerun", folder.name, "--trial", "0", "max_steps=1", f"output_dir={tmp_path / 'again'}", cwd=home
+    )
+    assert json.loads((tmp_path / "again" / "summary.json").read_text())["steps"] == 1
+    assert "2 trials are there already" in hydratune("resume", folder.name, cwd=home)
+    assert "did you mean" in hydratune("status", folder.name + "x", cwd=home, code=2)
+    assert "give one of: 0, 1" in hydratune("rerun", folder.name, "--trial", "9", cwd=home, code=2)
+
+
+def test_the_dashboard_serves_the_study_with_notes(grid):
+    import urllib.request
+
+    folder, _ = grid
+    line = [
+        sys.executable,
+        "-c",
+        "from hydratune.cli import app; app()",
+        "sweep",
+        "dashboard",
+        str(folder),
+        "--port",
+        "18734",
+    ]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def served() -> dict | None:
+        try:
+            with urllib.request.urlopen("http://127.0.0.1:18734/api/studies/0", timeout=2) as answer:
+                return json.load(answer)
+        except OSError:
+            return None
+
+    try:
+        wait_for(served)
+        trials = served()["trials"]
+    finally:
+        process.terminate()
+        process.wait()
+    assert [t["state"] for t in trials] == ["Complete", "Complete"]
+    assert all(str(folder / str(t["number"])) in t["note"]["body"] for t in trials)
+
+
+def test_a_search_can_start_from_the_best_of_another(grid, tmp_path):
+    folder, _ = grid
+    run(
+        "-m",
+        "--config-dir",
+        str(folder),
+        "--config-name",
+        "best",
+        "seed=1,2",
+        "output_dir=more",
+        cwd=tmp_path,
+    )
+    facts = study(tmp_path / "more")
+    assert [t["state"] for t in facts["trials"]] == ["complete"] * 2
+    config = yaml.safe_load((tmp_path / "more" / "0" / "config.yaml").read_text())
+    assert (config["lr"], config["seed"], config["max_steps"]) == (0.002, 1, 4)
+
+
 def test_the_same_command_finds_its_study_done_and_a_name_goes_on_with_it(grid):
     folder, _ = grid
     home = folder.parents[2]

@@ -181,3 +181,44 @@ def test_final_table_lacks_nothing_it_does_not_have(tmp_path):
     }  # fmt: skip
     final_table(summary, tmp_path, Console(file=out, width=200))
     assert "0.5000  (best 0.2500)" in out.getvalue() and "report.html" in out.getvalue()
+
+
+def test_a_trial_is_filed_under_its_study_in_wandb(tmp_path, monkeypatch):
+    import wandb
+
+    from hydratune.sweep.trial import CurrentTrial, TrialSpec
+
+    spec = TrialSpec(
+        "my study",
+        "x",
+        7,
+        7,
+        1,
+        str(tmp_path),
+        {"lr": 2e-5, "peft": "lora"},
+        ["eval_loss"],
+        ["minimize"],
+        sampler="tpe",
+    )
+    seen: dict = {}
+    monkeypatch.setattr(
+        wandb, "init", lambda **given: seen.update(given) or SimpleNamespace(dir=str(tmp_path / "files"))
+    )
+    RunTracker(
+        settings(tmp_path, wandb="offline", tags=["mine"]),
+        tmp_path,
+        PhaseClock(),
+        filed=CurrentTrial(spec).wandb(),
+    ).start()
+    assert (seen["group"], seen["job_type"], seen["id"], seen["resume"]) == (
+        "my study",
+        "trial",
+        "my-study-7",
+        "allow",
+    )
+    assert seen["name"] == "007 lr=2e-05 peft=lora"
+    assert (
+        seen["config"]["sweep"] == {"study": "my study", "trial": 7}
+        and seen["config"]["params"]["lr"] == 2e-5
+    )
+    assert {"mine", "sampler:tpe"} <= set(seen["tags"])

@@ -62,6 +62,7 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
         for o in shared
         if key_of(_plain(o)).partition(".")[0].partition("/")[0] not in _NOT_OF_A_TRIAL
     ]
+    base = [*_options(config), *base]
     objectives = _objectives(settings)
     _check_metrics(settings, objectives)
     lasting = sorted(o for o in base if key_of(o).partition(".")[0] not in _NOT_OF_A_STUDY)
@@ -79,12 +80,23 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
         show_plan(sweep.plan())
         return None
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "command.json").write_text(
-        json.dumps(["-m", *(_plain(o) for o in [*shared, *swept])]), encoding="utf-8"
-    )
+    line = ["-m", *_options(config), *(_plain(o) for o in [*shared, *swept])]
+    known = {"script": str(script), "folder": str(Path.cwd()), "arguments": line}
+    (directory / "command.json").write_text(json.dumps(known), encoding="utf-8")
     result = sweep.run()
     _say_where(result, command)
     return result
+
+
+def _options(config: DictConfig) -> list[str]:
+    """Options of the command line that its trials need too: a config of another folder or name."""
+    folders = [s.path for s in config.hydra.runtime.config_sources if s.provider == "command-line"]
+    options = [f"--config-dir={folder}" for folder in folders]
+    return (
+        options
+        if config.hydra.job.config_name == "train"
+        else [*options, f"--config-name={config.hydra.job.config_name}"]
+    )
 
 
 def _dimension(override: Override) -> Dimension:
