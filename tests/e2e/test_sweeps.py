@@ -417,6 +417,48 @@ def test_a_conditional_space_by_a_function(tmp_path):
     assert all(("peft.r" in s) == (s["peft"] == "lora") for s in settings)
 
 
+def test_a_trial_of_two_processes_is_pruned_in_both(tmp_path):
+    """torchrun with gloo: rank 0 asks the study, both ranks stop; a prefix that cannot start fails with its last line."""
+    prefix = (
+        f"sweep.launch_prefix={Path(sys.executable).parent / 'torchrun'} --nproc_per_node 2".replace(
+            "=", "='", 1
+        )
+        + "'"
+    )
+    line = [
+        "-m",
+        "lr=1e-3,2e-3,1e-7",
+        *TINY,
+        "max_steps=6",
+        "trainer.ddp_backend=gloo",
+        "trainer.eval_strategy=steps",
+        "trainer.eval_steps=1",
+    ]
+    run(
+        *line,
+        "sweep.pruner=median",
+        "sweep.pruner_options.n_startup_trials=2",
+        prefix,
+        "output_dir=study",
+        cwd=tmp_path,
+    )
+    assert [t["state"] for t in study(tmp_path / "study")["trials"]] == ["complete", "complete", "pruned"]
+    alone = json.loads((tmp_path / "study" / "0" / "summary.json").read_text())
+    assert alone["tokens"] > 1.5 * 6 * 8 * 40  # both processes' rows
+
+    run(
+        "-m",
+        "lr=1e-3,2e-3",
+        *QUICK,
+        "sweep.launch_prefix='sh -c \"echo no such launcher; exit 1\"'",
+        "output_dir=other",
+        cwd=tmp_path,
+    )
+    trials = study(tmp_path / "other")["trials"]
+    assert [(t["state"], t["attempts"]) for t in trials] == [("failed", 1)] * 2
+    assert all("no such launcher" in t["reason"] for t in trials)
+
+
 def test_two_commands_share_one_study(tmp_path):
     line = ["-m", "lr=1e-3,2e-3,3e-3,4e-3", *QUICK, "output_dir=study"]
     both = [

@@ -54,9 +54,8 @@ class Command:
 
     def line(self, settings: Mapping[str, Any]) -> str:
         """As a user types it."""
-        return " ".join(
-            [*self.prefix, "python", Path(self.script).name, *map(shlex.quote, self.arguments(settings))]
-        )
+        launch = self.prefix or ("python",)
+        return " ".join([*launch, Path(self.script).name, *map(shlex.quote, self.arguments(settings))])
 
     def shell(self, settings: Mapping[str, Any], env: Mapping[str, str]) -> str:
         """A shell script that runs the trial's command alone, as a run of its own."""

@@ -304,8 +304,10 @@ class _Loop:
         self.free.append(slot)
         outcome = Outcome.read(self.study.directory / str(number), ticket.attempt)
         if outcome is None:
-            why = how or "the process ended without a result"
-            outcome = Outcome("interrupted" if self.signals else "crashed", reason=why)
+            # a process that came to its own end without a result would do so again
+            state = "interrupted" if self.signals else "crashed" if how else "failed"
+            said = last_line(self.study.directory / str(number) / "console.log")
+            outcome = Outcome(state, reason=how or f"it ended without a result; its last line: {said}")
         elif outcome.state == "interrupted" and not self.signals:
             outcome = Outcome("crashed", reason="it was told to stop from outside")
         if not self.study.tell(ticket, outcome):
@@ -389,6 +391,15 @@ def run(
         chosen.direction = "minimize"
     sweep = Sweep(task, space, chosen, objectives=names, directory=Path(output_dir), seed=seed)
     return sweep.run(View(quiet=quiet))
+
+
+def last_line(path: Path) -> str:
+    """The last line of a file that says something, or nothing."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
 def threads(workers: int, settings: SweepSettings) -> int | None:
