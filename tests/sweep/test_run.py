@@ -329,6 +329,21 @@ def test_when_the_supervisor_is_killed_its_trials_end_too(tmp_path):
     assert states(result) == ["complete"] * 2 and [t.attempts for t in result.trials] == [2, 2]
 
 
+def test_ctrl_c_while_the_warm_process_starts_ends_soon(tmp_path):
+    folder = tmp_path / "study"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SUPERVISOR.format(folder=str(folder))], stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 60
+    while not (folder / "journal.log").is_file() and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=40) != 0  # the trials would take a minute
+    result = sweep.run(lambda s: float(s["i"]), {"i": [1, 2]}, output_dir=folder, quiet=True)
+    assert states(result) == ["complete"] * 2
+
+
 def test_ctrl_c_lets_trials_stop_and_the_same_call_goes_on(tmp_path):
     folder = tmp_path / "study"
     process = subprocess.Popen(

@@ -32,7 +32,7 @@ class Executor(Protocol):
         """Jobs that have ended, each with how (empty when it ended by itself, without a crash); waits for the first."""
 
     def stop(self, *, now: bool) -> None:
-        """Ask every running job to save a checkpoint and stop, or end them all."""
+        """Ask every running job that was not asked yet to save a checkpoint and stop, or end them all."""
 
     def close(self) -> None:
         """End what is left."""
@@ -57,6 +57,7 @@ class ForkExecutor:
         self._server: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._pids: dict[int, int] = {}  # of the jobs that run: key → process, 0 until it is known
+        self._asked: set[int] = set()  # processes that were asked to stop
         self.report: dict[str, Any] = {}
 
     @classmethod
@@ -136,7 +137,8 @@ class ForkExecutor:
             with contextlib.suppress(ProcessLookupError):
                 if now:
                     os.killpg(pid, signal.SIGKILL)
-                else:
+                elif pid not in self._asked:
+                    self._asked.add(pid)
                     os.kill(pid, signal.SIGTERM)
 
     def close(self) -> None:
@@ -170,6 +172,7 @@ class ProcessExecutor:
 
     def __init__(self) -> None:
         self._running: dict[int, subprocess.Popen[bytes]] = {}
+        self._asked: set[int] = set()
 
     def start(self, key: int, job: Job) -> None:
         command = [sys.executable, "-m", "hydratune.sweep.forkserver", "--once", str(os.getpid())]
@@ -188,17 +191,19 @@ class ProcessExecutor:
             time.sleep(_POLL)
         for key, _ in ended:
             process = self._running.pop(key)
+            self._asked.discard(key)
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # what it left behind
         return [(key, how_it_ended(code)) for key, code in ended]
 
     def stop(self, *, now: bool) -> None:
-        for process in self._running.values():
+        for key, process in self._running.items():
             with contextlib.suppress(ProcessLookupError):
                 if now:
                     os.killpg(process.pid, signal.SIGKILL)
-                else:
+                elif key not in self._asked:
                     process.terminate()
+        self._asked |= self._running.keys()
 
     def close(self) -> None:
         self.stop(now=True)

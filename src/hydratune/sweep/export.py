@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,7 @@ class Exporter:
 
     def write(self, trials: Sequence[Record], front: Sequence[Record]) -> None:
         directory, config = self._directory, self._study.config
-        _whole(directory / "trials.csv", table(trials, config.objectives))
+        whole(directory / "trials.csv", table(trials, config.objectives))
         facts = {
             "name": config.name,
             "objectives": list(config.objectives),
@@ -70,15 +71,15 @@ class Exporter:
             "commands": {r.number: self._task.line(r.settings) for r in trials if self._task and r.settings},
             "trials": [asdict(r) for r in trials],
         }
-        _whole(directory / FILE, json.dumps(facts))
+        whole(directory / FILE, json.dumps(facts))
         if front:
             self._write_best(front)
-        _whole(directory / "study.md", summary(facts, trials, front))
+        whole(directory / "study.md", summary(facts, trials, front))
 
     def _write_best(self, front: Sequence[Record]) -> None:
         best = front[0]
         if self._task is None:
-            _whole(self._directory / "best.yaml", yaml.safe_dump(best.settings, sort_keys=False))
+            whole(self._directory / "best.yaml", yaml.safe_dump(best.settings, sort_keys=False))
             return
         others = "".join(
             f"# also on the Pareto front, {r.number}: {self._task.line(r.settings)}\n" for r in front[1:]
@@ -91,7 +92,7 @@ class Exporter:
             resolved = yaml.safe_load((trial / "config.yaml").read_text(encoding="utf-8"))
             chosen = yaml.safe_load((trial / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
             choices = chosen["hydra"]["runtime"]["choices"]
-            _whole(
+            whole(
                 self._directory / "best.yaml",
                 composable(resolved, choices, f"trial {best.number} of {self._study.config.name}"),
             )
@@ -171,11 +172,11 @@ def summary(facts: dict[str, Any], trials: Sequence[Record], front: Sequence[Rec
 
 
 def _script(path: Path, text: str) -> None:
-    _whole(path, text)
+    whole(path, text)
     path.chmod(0o755)
 
 
-def _whole(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
+def whole(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # of this process: several may serve one study
     part.write_text(text, encoding="utf-8")
     part.replace(path)

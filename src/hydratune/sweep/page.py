@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from hydratune.amounts import duration
 from hydratune.report import write_report
+from hydratune.sweep.export import whole
 from hydratune.tracking import read_metrics
 
 _EVERY = 15.0  # seconds between drawings while the sweep runs
@@ -70,9 +71,7 @@ def draw_trials(directory: Path) -> None:
 def draw(directory: Path) -> None:
     """Write the study's page."""
     facts = json.loads((directory / "study.json").read_text(encoding="utf-8"))
-    part = directory / "report.html.part"
-    part.write_text(page(directory, facts), encoding="utf-8")
-    part.replace(directory / "report.html")
+    whole(directory / "report.html", page(directory, facts))
 
 
 def page(directory: Path, facts: dict[str, Any]) -> str:

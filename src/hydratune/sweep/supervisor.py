@@ -118,7 +118,10 @@ class Sweep:
         return "grid" if self.space.finite and (wanted is None or wanted >= len(self.space)) else "tpe"
 
     def _budget(self) -> int | None:
-        return len(self.space) if self.sampler == "grid" and self.space.finite else self.settings.n_trials
+        wanted = self.settings.n_trials
+        if self.sampler != "grid" or not self.space.finite:
+            return wanted
+        return len(self.space) if wanted is None else min(wanted, len(self.space))
 
     def _check(self) -> None:
         settings, wrong = self.settings, []
@@ -239,6 +242,8 @@ class _Loop:
                 waiting = not self._ends() and self._fill()
                 if not self.running and not waiting:
                     break
+                if self.signals:  # again: a trial may have been on its way when the signal came
+                    self.executor.stop(now=self.signals > 1)
                 for key, how in self.executor.wait(_PATIENCE):
                     self._finish(key, how)
                 self.view.update(self.study.records)
