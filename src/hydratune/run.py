@@ -212,6 +212,8 @@ def warm(settings: RunSettings) -> None:
         data = (job.train, job.evaluation, job.eval_rows, job.reports)
         return {job.keys["tokenizer"]: job.tokenizer, job.keys["data"]: data}, job.recipe
 
+    if settings.tracking.wandb != "disabled":
+        import wandb  # noqa: F401  half a second that no trial has to spend
     ready, recipe = held.in_child(scout)
     for key, value in ready.items():
         held.hold(key, partial(_same, value))

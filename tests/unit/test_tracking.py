@@ -199,6 +199,7 @@ def test_a_trial_is_filed_under_its_study_in_wandb(tmp_path, monkeypatch):
         ["eval_loss"],
         ["minimize"],
         sampler="tpe",
+        uid="ab12",
     )
     seen: dict = {}
     monkeypatch.setattr(
@@ -213,7 +214,7 @@ def test_a_trial_is_filed_under_its_study_in_wandb(tmp_path, monkeypatch):
     assert (seen["group"], seen["job_type"], seen["id"], seen["resume"]) == (
         "my study",
         "trial",
-        "my-study-7",
+        "my-study-ab12-7",
         "allow",
     )
     assert seen["name"] == "007 lr=2e-05 peft=lora"

@@ -162,6 +162,9 @@ class Study:
                 pruner=self.pruner, load_if_exists=True,
             )  # fmt: skip
             self._check_fingerprint()
+            if "uid" not in self.optuna.user_attrs:  # tells it from another study of this name, e.g. in W&B
+                self.optuna.set_user_attr("uid", uuid.uuid4().hex[:6])
+            self.uid: str = self.optuna.user_attrs["uid"]
             self._enqueue()
         self.keep_alive(force=True)
 

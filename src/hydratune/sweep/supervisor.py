@@ -297,7 +297,7 @@ class _Loop:
             attempt=ticket.attempt, directory=str(self.study.directory / str(ticket.number)),
             settings=ticket.settings, objectives=list(config.objectives), directions=list(config.directions),
             constraints=list(config.constraints), sampler=config.sampler, pruner=config.pruner,
-            pruner_options=dict(config.pruner_options), prune_on=self.sweep.settings.prune_on,
+            pruner_options=dict(config.pruner_options), prune_on=self.sweep.settings.prune_on, uid=self.study.uid,
         )  # fmt: skip
         each = threads(len(self.sweep.slots), self.sweep.settings)
         return Job(

@@ -46,6 +46,7 @@ class TrialSpec:
     pruner: str = "none"
     pruner_options: dict[str, Any] = field(default_factory=dict)
     prune_on: str | None = None
+    uid: str = ""  # of the study, which may share its name with another one
 
     def write(self) -> Path:
         path = Path(self.directory) / FILE
@@ -161,7 +162,7 @@ class CurrentTrial:
             "group": self.spec.study,
             "job_type": "trial",
             "name": f"{self.spec.number:03} {shown}"[:128],
-            "id": re.sub(r"[^\w-]", "-", f"{self.spec.study}-{self.spec.number}")[-128:],
+            "id": re.sub(r"[^\w-]", "-", f"{self.spec.study}-{self.spec.uid}-{self.spec.number}")[-128:],
             "resume": "allow",
             "tags": [f"sampler:{self.spec.sampler}"] if self.spec.sampler else [],
             "config": {
