@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -18,6 +19,7 @@ import cloudpickle
 
 from hydratune.checkpoints import last_checkpoint
 from hydratune.errors import Interrupted, Pruned
+from hydratune.sweep.place import alone
 from hydratune.sweep.trial import VARIABLE, TrialSpec, current
 
 _SAFE = re.compile(r"[\w./:@%+,=-]*")
@@ -135,8 +137,23 @@ class Job:
         return cloudpickle.dumps(self)  # functions of a script or a notebook go by value
 
     def run(self) -> int:
-        """Run in this process; gives its exit code. The console goes to the trial's console.log."""
-        Path(self.spec.directory).mkdir(parents=True, exist_ok=True)
+        """Run in this process; gives its exit code. The console goes to the trial's console.log.
+
+        An earlier attempt that a killed supervisor left on a cluster is waited for, in `place.alone`.
+        """
+        directory = Path(self.spec.directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(alone(directory, self.spec.attempt))
+            except TimeoutError as error:
+                from hydratune.sweep.study import Outcome
+
+                Outcome("crashed", reason=str(error), attempt=self.spec.attempt).write(directory)
+                return 1
+            return self._run()
+
+    def _run(self) -> int:
         (Path(self.spec.directory) / "result.json").unlink(missing_ok=True)
         os.environ.update(self.env)
         os.environ[VARIABLE] = str(self.spec.write())
@@ -169,6 +186,15 @@ class Job:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.close(log)
+
+
+def how_it_ended(code: int) -> str:
+    """A crash in words; nothing for a process that came to its own end, whatever it says."""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+        return f"killed by signal {-code}"
+    return "" if code in (0, 1, 2, 3, 4, 130) else f"exit code {code}"
 
 
 def run_packed(packed: bytes) -> int:
