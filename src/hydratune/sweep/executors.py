@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hydratune.errors import UserError, Violation
-from hydratune.sweep.job import Job
+from hydratune.sweep.job import Job, how_it_ended
 
 _POLL = 0.05  # seconds between looks at processes that do not announce their end
 
@@ -36,15 +36,6 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """End what is left."""
-
-
-def how_it_ended(code: int) -> str:
-    """A crash in words; nothing for a process that came to its own end, whatever it says."""
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-code).name}"
-        return f"killed by signal {-code}"
-    return "" if code in (0, 1, 2, 3, 4, 130) else f"exit code {code}"
 
 
 class ForkExecutor:

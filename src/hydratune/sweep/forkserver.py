@@ -31,6 +31,9 @@ def main() -> int:
         from hydratune.sweep.job import run_packed
 
         die_with_parent(int(sys.argv[2]))
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, {signal.SIGINT}
+        )  # Ray and `cluster.py` start theirs with it blocked
         return run_packed(sys.stdin.buffer.read())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
     connection = Connection(int(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pickle
@@ -19,6 +20,7 @@ import cloudpickle
 
 from hydratune.checkpoints import last_checkpoint
 from hydratune.errors import Interrupted, Pruned
+from hydratune.sweep.place import alone
 from hydratune.sweep.trial import VARIABLE, TrialSpec, current
 
 THREADS = "HYDRATUNE_THREADS"  # of torch by default, where a warm process has set them to one
@@ -138,8 +140,23 @@ class Job:
         return pack(self)
 
     def run(self) -> int:
-        """Run in this process; gives its exit code. The console goes to the trial's console.log."""
-        Path(self.spec.directory).mkdir(parents=True, exist_ok=True)
+        """Run in this process; gives its exit code. The console goes to the trial's console.log.
+
+        An earlier attempt that a killed supervisor left on a cluster is waited for, in `place.alone`.
+        """
+        directory = Path(self.spec.directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(alone(directory, self.spec.attempt))
+            except TimeoutError as error:
+                from hydratune.sweep.study import Outcome
+
+                Outcome("crashed", reason=str(error), attempt=self.spec.attempt).write(directory)
+                return 1
+            return self._run()
+
+    def _run(self) -> int:
         (Path(self.spec.directory) / "result.json").unlink(missing_ok=True)
         os.environ.update(self.env)
         os.environ[VARIABLE] = str(self.spec.write())
@@ -183,6 +200,15 @@ def unpack(packed: bytes) -> Any:
     paths, value = pickle.loads(packed)
     sys.path += [p for p in paths if p not in sys.path]
     return cloudpickle.loads(value)
+
+
+def how_it_ended(code: int) -> str:
+    """A crash in words; nothing for a process that came to its own end, whatever it says."""
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+        return f"killed by signal {-code}"
+    return "" if code in (0, 1, 2, 3, 4, 130) else f"exit code {code}"
 
 
 def run_packed(packed: bytes) -> int:
