@@ -143,7 +143,9 @@ class SweepSettings:
     )
     base: list[str] = option(factory=list, help="Overrides that every trial starts from, for a kept search.")
     enqueue: list[dict[str, Any]] = option(factory=list, help="Known good points, tried first.")
-    workers: Any = option("auto", "Trials at the same time; auto: one for each device (on a CPU one).")
+    workers: Any = option(
+        "auto", "Trials at the same time; auto: one for each device (on a CPU one), 8 on a cluster."
+    )
     gpus_per_trial: int = option(1, "GPUs that a trial gets.")
     trials_per_gpu: int = option(1, "Trials that share a GPU.")
     executor: Literal["local", "submitit", "ray"] = option(

@@ -31,6 +31,7 @@ from hydratune.sweep.view import View
 
 _PATIENCE = 1.0  # seconds between looks at what other workers have done
 _REAP_EVERY = 5.0  # seconds
+_ON_A_CLUSTER = 8  # trials at the same time, unless told
 _COUNTED = ("failed", "crashed")  # what max_failures counts; the rest is what a search may well run into
 
 
@@ -108,7 +109,10 @@ class Sweep:
             lease=settings.lease,
         )
         self.gpus = devices() if settings.executor == "local" else []
-        self.slots = slots(settings.workers, self.gpus, settings.gpus_per_trial, settings.trials_per_gpu)
+        workers = settings.workers
+        if workers == "auto" and settings.executor != "local":
+            workers = min(_ON_A_CLUSTER, self.config.n_trials or _ON_A_CLUSTER)
+        self.slots = slots(workers, self.gpus, settings.gpus_per_trial, settings.trials_per_gpu)
         self._check()
 
     def _sampler(self) -> str:
