@@ -42,12 +42,10 @@ def keep(packed: bytes, directory: str, attempt: int, told: Callable[[], bool] =
         return f"told to {'stop' if word == 'run' else word} before it began"
     begin(place, attempt)
     command = [sys.executable, "-m", "hydratune.sweep.forkserver", "--once", str(os.getpid())]
-    with (place / "console.log").open(
-        "ab"
-    ) as log:  # where the trial writes too; here for one that cannot begin
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-        )
+    # The trial opens its console itself; until then its errors go there from here
+    with (place / "console.log").open("ab") as log:
+        pipes = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+        process = subprocess.Popen(command, start_new_session=True, **pipes)  # type: ignore[call-overload]
     assert process.stdin is not None
     asked, until = False, math.inf
     try:
