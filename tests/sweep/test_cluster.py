@@ -94,7 +94,7 @@ def objective(settings):
         return len(list(here.glob("checkpoint-*"))) + 10.0 * len(alive)
     while not told:
         time.sleep(0.05)
-    time.sleep(1.5)
+    time.sleep(1.0)
     (here / f"checkpoint-{spec.attempt}").touch()
     raise Interrupted("saved")
 

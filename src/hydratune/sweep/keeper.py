@@ -21,7 +21,7 @@ from pathlib import Path
 from hydratune.sweep.job import how_it_ended
 from hydratune.sweep.place import begin, ordered, word_for
 
-_LOOK = 1.0  # seconds between looks at the order
+_LOOK = 0.5  # seconds between looks at the order
 GRACE = 60.0  # seconds for an attempt to save a checkpoint when its trial was started again
 APPEARS = 30.0  # seconds in which what was written on one node appears on another
 
