@@ -94,7 +94,7 @@ def objective(settings):
         return len(list(here.glob("checkpoint-*"))) + 10.0 * len(alive)
     while not told:
         time.sleep(0.05)
-    time.sleep(1.5)
+    time.sleep(1.0)
     (here / f"checkpoint-{spec.attempt}").touch()
     raise Interrupted("saved")
 
@@ -181,6 +181,11 @@ TOOLS = {
         print("JobID|State|NodeList")
         for number in os.listdir(here):
             print(f"{number}|{open(f'{here}/{number}').read().strip()}|here")
+        """,
+    "squeue": """
+        import os
+        here = os.environ["FAKE_SLURM"]
+        print(*[number for number in os.listdir(here) if open(f"{here}/{number}").read().strip() == "RUNNING"])
         """,
     "scancel": """
         import os, sys
@@ -272,10 +277,26 @@ def test_a_job_that_did_not_end_is_not_taken_for_one(slurm):
     (entry,) = (slurm / "queue").iterdir()
     for state in ("SUSPENDED", "REQUEUED", "UNKNOWN", "RUNNING"):
         entry.write_text(state)
-        assert executor.wait(1.0) == []
+        assert executor.wait(0.7) == []
     entry.write_text("PREEMPTED")
     os.kill(int((slurm / "3" / "keeper").read_text().split()[2]), signal.SIGKILL)
     assert "ended in state PREEMPTED" in last_word(executor)[3]
+
+
+def test_a_slurm_without_accounts_is_asked_for_its_queue(slurm):
+    (slurm / "bin" / "sacct").unlink()
+    executor = SubmititExecutor({}, slurm / "jobs")
+    executor.start(3, job(slurm, stoppable))
+    until((slurm / "3" / "begun").exists)
+    assert executor.wait(0.7) == []
+    os.kill(int((slurm / "3" / "keeper").read_text().split()[2]), signal.SIGKILL)
+    assert "ended without a trace" in last_word(executor)[3]
+
+
+def test_a_refused_submission_is_told(slurm):
+    (slurm / "bin" / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2; exit 1\n")
+    with pytest.raises(UserError, match="the job was refused: sbatch: error: invalid partition"):
+        SubmititExecutor({}, slurm / "jobs").start(3, job(slurm))
 
 
 def last_word(executor, jobs=1):

@@ -109,7 +109,8 @@ class SubmititExecutor(_Orders):
 
     Args:
         options: `cluster` (slurm, local, null: SLURM where there is srun), and those of submitit's
-            `AutoExecutor.update_parameters`, e.g. slurm_partition, timeout_min (default: a day), gpus_per_node.
+            `AutoExecutor.update_parameters`, e.g. slurm_partition, timeout_min (default: a day), gpus_per_node
+            (without it a trial sees no GPU, in local mode too).
         folder: for the jobs' files, on a file system that the nodes share.
 
     Raises:
@@ -149,15 +150,9 @@ class SubmititExecutor(_Orders):
             given = self._executor.submit(keep_for_submitit, job.pack(), job.spec.directory, job.spec.attempt)
         except Exception as error:
             if not self._accepted:
-                raise UserError(
-                    Violation(
-                        "sweep.executor_options",
-                        None,
-                        f"the job was refused: {_last(error)}",
-                        "mend the options",
-                    )
-                ) from error
-            return f"the job was refused: {_last(error)}"
+                fix = "mend the options; the whole message is above"
+                raise _wrong(None, None, f"the job was refused: {_says(error)}", fix) from error
+            return f"the job was refused: {_says(error)}"
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._accepted = True
@@ -180,7 +175,7 @@ class SubmititExecutor(_Orders):
 
     def _look(self, now: float) -> list[tuple[int, str]]:
         gone: set[str] = set()
-        if not self._local and now > self._asked + _ASK:
+        if not self._local and now > self._asked + (_ASK if self._word == "run" else _ASK / 12):
             self._asked = now
             jobs = [r.handle for r in self._running.values() if not isinstance(r.handle, str)]
             for job in jobs[:1]:
@@ -210,8 +205,8 @@ class SubmititExecutor(_Orders):
         if self._local:
             return f"its process ended without a word (see {job.paths.stderr})"
         run.ended = run.ended or now
-        if now - run.ended < APPEARS:
-            return None
+        if has_begun(run.directory, run.attempt) and now - run.ended < APPEARS:
+            return None  # its word may be on its way
         known = "without a trace" if state == "UNKNOWN" else f"in state {state}"
         return f"the SLURM job {job.job_id} ended {known} (see {job.paths.stderr})"
 
@@ -263,15 +258,15 @@ def _auto_executor(submitit: Any, options: dict[str, Any], folder: Path) -> Any:
     except RuntimeError as error:
         raise _wrong("cluster", cluster, str(error), "run it on a login node of the cluster") from error
     known = {"cluster", *executor._typed_parameters()}
-    known |= {f"slurm_{p}" for p in submitit.SlurmExecutor._valid_parameters()}
+    known |= {f"slurm_{p}" for p in {*known, *submitit.SlurmExecutor._valid_parameters()}} - {"slurm_cluster"}
     known |= {f"local_{p}" for p in submitit.LocalExecutor._valid_parameters()}
-    _check_names(options, known - {"name", "slurm_job_name"})
+    _check_names(options, known - {"name", "slurm_name", "slurm_job_name"})
     try:
         executor.update_parameters(
             **{"timeout_min": 24 * 60, **options, "slurm_additional_parameters": extra}
         )
     except (NameError, ValueError, TypeError, AssertionError) as error:
-        raise _wrong(None, options, _last(error), "see submitit's AutoExecutor.update_parameters") from error
+        raise _wrong(None, options, _says(error), "see submitit's AutoExecutor.update_parameters") from error
     return executor
 
 
@@ -280,8 +275,8 @@ def _result(path: Path) -> str:
     try:
         outcome, said = pickle.loads(path.read_bytes())
     except Exception as error:
-        return f"what its job left cannot be read ({_last(error)})"
-    return said if outcome == "success" else f"its job failed: {_last(said)}"
+        return f"what its job left cannot be read ({_says(error)})"
+    return said if outcome == "success" else f"its job failed: {_says(said)}"
 
 
 def _queued(ids: set[str]) -> set[str]:
@@ -299,7 +294,8 @@ class RayExecutor(_Orders):
 
     Args:
         options: `address` of a cluster (null: the one that RAY_ADDRESS names, else one is started here), `runtime_env`,
-            `namespace`, and what a trial asks for: num_cpus, num_gpus, memory (bytes), resources, …
+            `namespace`, and what a trial asks for: num_cpus, num_gpus (without it a trial sees no GPU), memory (bytes),
+            resources, …
 
     Raises:
         UserError: ray is not installed, does not take the options, or the cluster does not answer.
@@ -312,12 +308,9 @@ class RayExecutor(_Orders):
 
     def __init__(self, options: Mapping[str, Any]):
         super().__init__()
-        os.environ.setdefault(
-            "RAY_USAGE_STATS_ENABLED", "0"
-        )  # read when ray starts; nothing is sent anywhere
-        os.environ.setdefault(
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1"
-        )  # said, so that Ray does not warn of it
+        # Read when Ray starts: nothing is sent anywhere, and no warning that a trial without num_gpus sees no GPU
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
         self._ray = _package("ray", "ray")
         chosen = {k: v for k, v in options.items() if v is not None}
         _check_names(chosen, {*self._CLUSTER, *self._TASK})
@@ -326,15 +319,15 @@ class RayExecutor(_Orders):
             # A process never serves two trials, so that nothing leaks; and only the supervisor starts one again
             self._task = self._ray.remote(max_retries=0, max_calls=1, **asked)(keep)
         except (ValueError, TypeError) as error:
-            raise _wrong(None, asked, _last(error), "see ray.remote") from error
+            raise _wrong(None, asked, _says(error), "see ray.remote") from error
         self._ours = not self._ray.is_initialized()
         if self._ours:
-            self._connect({k: v for k, v in chosen.items() if k in self._CLUSTER})
-            if not chosen.get("address") and "RAY_ADDRESS" not in os.environ:
+            address = chosen.get("address") or ("auto" if os.environ.get("RAY_ADDRESS") else "local")
+            self._connect(address, {k: chosen[k] for k in ("runtime_env", "namespace") if k in chosen})
+            if address == "local":
                 self._check_size(asked)
 
-    def _connect(self, chosen: dict[str, Any]) -> None:
-        address = chosen.pop("address", None) or ("auto" if os.environ.get("RAY_ADDRESS") else "local")
+    def _connect(self, address: str, chosen: dict[str, Any]) -> None:
         logging.getLogger("ray").setLevel(logging.ERROR)  # it speaks between the lines of the view
         handler = signal.getsignal(signal.SIGTERM)
         try:
@@ -347,7 +340,7 @@ class RayExecutor(_Orders):
                 **chosen,
             )
         except Exception as error:  # of many kinds, ConnectionError and ValueError among them
-            why = f"Ray does not start: {_last(error)}"
+            why = f"Ray does not start: {_says(error)}"
             fix = "check that the cluster runs, that both have one version of Ray, and its token (RAY_AUTH_MODE=token)"
             raise _wrong("address", address, why, fix) from error
         finally:
@@ -395,9 +388,9 @@ class RayExecutor(_Orders):
         except (errors.WorkerCrashedError, errors.NodeDiedError) as error:
             return "its node died" if isinstance(error, errors.NodeDiedError) else "its Ray worker died"
         except errors.RayTaskError as error:
-            return f"its task failed: {_last(error.cause)}"
+            return f"its task failed: {_says(error.cause)}"
         except errors.RayError as error:
-            return f"Ray: {_last(error)}"
+            return f"Ray: {_says(error)}"
 
     def _cancel(self, *, now: bool) -> None:
         for run in [*self._running.values()]:
@@ -448,7 +441,7 @@ def _check_names(options: Mapping[str, Any], known: set[str]) -> None:
         )
 
 
-def _last(error: object) -> str:
-    """The line of a message that says it: the last of a traceback, which is the first of a plain one."""
+def _says(error: object) -> str:
+    """The line of a message that says it: the last of a traceback, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1 if "Traceback" in str(error) else 0] if lines else type(error).__name__

@@ -21,7 +21,7 @@ from pathlib import Path
 from hydratune.sweep.job import how_it_ended
 from hydratune.sweep.place import begin, ordered, word_for
 
-_LOOK = 1.0  # seconds between looks at the order
+_LOOK = 0.5  # seconds between looks at the order
 GRACE = 60.0  # seconds for an attempt to save a checkpoint when its trial was started again
 APPEARS = 30.0  # seconds in which what was written on one node appears on another
 
@@ -42,12 +42,10 @@ def keep(packed: bytes, directory: str, attempt: int, told: Callable[[], bool] =
         return f"told to {'stop' if word == 'run' else word} before it began"
     begin(place, attempt)
     command = [sys.executable, "-m", "hydratune.sweep.forkserver", "--once", str(os.getpid())]
-    with (place / "console.log").open(
-        "ab"
-    ) as log:  # where the trial writes too; here for one that cannot begin
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
-        )
+    # The trial opens its console itself; until then its errors go there from here
+    with (place / "console.log").open("ab") as log:
+        pipes = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+        process = subprocess.Popen(command, start_new_session=True, **pipes)  # type: ignore[call-overload]
     assert process.stdin is not None
     asked, until = False, math.inf
     try:

@@ -3,7 +3,7 @@
 On a cluster the processes of a trial may outlive the supervisor that started them, and the next supervisor starts the
 trial again. Two things keep that safe, with nothing but the directory that both need anyway. `alone`: whoever runs the
 trial holds a kernel lock, which dies with the process, and the next attempt waits for it. And the order: one line,
-`ATTEMPT WORD`, which a trial's keeper (`keeper.py`) looks at every second. An order for a later attempt tells an
+`ATTEMPT WORD`, which a trial's keeper (`keeper.py`) looks at twice a second. An order for a later attempt tells an
 earlier one that the trial is no longer its own.
 """
 
