@@ -25,6 +25,7 @@ _CPU_LOGIT_BYTES = (
 )  # larger blocks of logits fall out of the cache, smaller ones re-read the weight too often
 _GPU_LOGIT_BYTES = 2 * 2**30
 _GPU_LEAST_ROWS = 4096
+_PROBE, _LOUD = 8, 40.0  # tokens, and the spread of their logits, of `is_exact`
 
 
 @dataclass
@@ -119,8 +120,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        scaled = [
-            None if saved is None else (saved * grad.to(saved.dtype)).to(dtype)
+        scaled = [  # in the loss's precision: 1/3 rounded to bf16 would be off by as much as a whole rounding
+            None if saved is None else (saved.to(grad.dtype) * grad).to(dtype)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None, None, None)
@@ -179,6 +180,14 @@ def cross_entropy(
     return loss, stats
 
 
+def _base_of(model: nn.Module) -> Any:
+    """The causal LM inside wrappers and adapters."""
+    from accelerate.utils import extract_model_from_parallel
+
+    inner = extract_model_from_parallel(model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
 class FusedHead:
     """`with FusedHead(model, labels) as head: model(**batch)`, then `head.loss_sum` and `head.stats`.
 
@@ -198,10 +207,7 @@ class FusedHead:
     def __init__(
         self, model: nn.Module, labels: torch.Tensor, loss_type: str = "nll", want_stats: bool = False
     ) -> None:
-        from accelerate.utils import extract_model_from_parallel
-
-        base = extract_model_from_parallel(model)
-        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        base = _base_of(model)
         self._head = base.get_output_embeddings()
         config = base.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
@@ -239,3 +245,45 @@ class FusedHead:
                 logits = torch.tanh(logits / self._softcap) * self._softcap
             self.loss_sum, self.stats = cross_entropy(logits, targets, self._loss_type, self._want_stats)
         return self.loss_sum.reshape(1, 1, 1)
+
+
+@torch.no_grad()
+def is_exact(model: nn.Module) -> bool:
+    """Whether `FusedHead` gives the loss of the model's own logits, tried on a few tokens.
+
+    A model may do to its logits what no name in its config tells: scale, cap, shift. So both are computed, with the
+    head's input scaled up until a cap would show, and with the least likely tokens as labels, whose loss a wrong
+    scale changes most. Random states and the training mode stay as they were.
+
+    Args:
+        model: as for `FusedHead`.
+
+    Returns:
+        Also false for a model that cannot be run on token ids alone.
+    """
+    head = _base_of(model).get_output_embeddings()
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 1 + _PROBE, device=device)[None] % max(2, len(head.weight))
+    training, gain = model.training, 1.0
+
+    def louder(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (given[0] * gain, *given[1:])
+
+    hook = head.register_forward_pre_hook(louder)
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            spread = model(input_ids=ids, use_cache=False).logits.float().std().item()
+            gain = _LOUD / spread if spread > 0 else 1.0
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+            labels = torch.cat((ids[:, :1], logits[:, -_PROBE:-1].argmin(-1)), dim=1)
+            rows, targets = select(logits, labels)
+            with FusedHead(model, labels) as fused:
+                model(input_ids=ids, use_cache=False)
+    except Exception:  # of many kinds: this model wants other inputs, or its head is no plain module
+        return False
+    finally:
+        model.train(training)
+        hook.remove()
+    expected = F.cross_entropy(rows, targets, reduction="sum")
+    return bool((fused.loss_sum.float() - expected).abs() <= 0.02 * expected.abs() + 0.05)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hydratune.fused_head import FusedHead, chunk_rows, cross_entropy, linear_cross_entropy, select
+from hydratune.fused_head import FusedHead, chunk_rows, cross_entropy, is_exact, linear_cross_entropy, select
 from hydratune.losses import token_loss
 
 
@@ -218,3 +218,88 @@ def test_the_head_is_itself_again_also_after_an_error():
     with pytest.raises(RuntimeError, match="broken"), FusedHead(model, labels):
         raise RuntimeError("broken")
     assert model(input_ids=ids).logits.shape == (2, 9, 37)
+
+
+SMALL = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+OTHERS = {  # what they do to their logits, with values that are not neutral
+    "hyperclovax": {"logits_scaling": 0.25},
+    "falcon_h1": {"lm_head_multiplier": 0.05, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4},
+    "recurrent_gemma": {"logits_soft_cap": 5.0, "lru_width": 16, "attention_window_size": 8, "num_key_value_heads": 2, "num_hidden_layers": 3, "attn_implementation": "eager"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_known_head_is_found_exact(name):
+    model = model_of(name).train()
+    before = torch.get_rng_state()
+    assert is_exact(model)
+    assert model.training and torch.equal(before, torch.get_rng_state())
+    assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_that_changes_its_logits_is_found_out_or_trained_right(kind):
+    """Either the fused head has the model's own loss, or it is not used."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL | OTHERS[kind]))
+    ids, labels = batch()
+    rows, targets = select(model(input_ids=ids).logits, labels)
+    own = F.cross_entropy(rows, targets, reduction="sum")
+    with FusedHead(model, labels) as head:
+        model(input_ids=ids)
+    assert not is_exact(model) or torch.allclose(head.loss_sum, own, rtol=1e-4)
+
+
+def test_a_head_with_a_scale_of_its_own_falls_back_to_all_logits(tmp_path):
+    from datasets import Dataset
+
+    from hydratune import SFTConfig, SFTTrainer
+    from hydratune.models import byte_tokenizer
+
+    torch.manual_seed(0)
+    sizes = SMALL | {"vocab_size": len(byte_tokenizer())}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("hyperclovax", **sizes, **OTHERS["hyperclovax"])
+    )
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1)
+    rows = Dataset.from_list([{"text": "1 + 1 = 2"}] * 4)
+    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=byte_tokenizer())
+    inputs = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, inputs)
+    picked, targets = select(
+        model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, inputs["labels"]
+    )
+    assert loss.item() == pytest.approx(F.cross_entropy(picked, targets).item(), rel=1e-5)
+
+
+def test_gradients_of_bf16_are_scaled_before_they_are_rounded():
+    rows, weight, _, targets = (t.bfloat16() if t.is_floating_point() else t for t in problem(torch.float32))
+
+    def gradients(scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        r, w = rows.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss, _ = linear_cross_entropy(r, w, targets)
+        (loss * scale).backward()
+        return r.grad, w.grad
+
+    for scaled, whole in zip(gradients(1 / 3), gradients(1.0), strict=True):
+        assert torch.allclose(scaled.float(), whole.float() / 3, rtol=2**-7, atol=0)
+    assert torch.equal(gradients(1 / 3)[0], (gradients(1.0)[0].float() * torch.tensor(1 / 3)).bfloat16())
+
+
+def test_autocast_gives_the_gradients_of_bf16_in_fp32():
+    rows, weight, _, targets = problem(torch.float32)
+    r, w = rows.clone().requires_grad_(), weight.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = linear_cross_entropy(r, w, targets)
+    (loss / 3).backward()
+    exact_r, exact_w = rows.clone().requires_grad_(), weight.clone().requires_grad_()
+    (plain(exact_r, exact_w, None, targets, None, "nll") / 3).backward()
+    assert r.grad.dtype == w.grad.dtype == torch.float32
+    assert torch.allclose(r.grad, exact_r.grad, atol=0.02) and torch.allclose(w.grad, exact_w.grad, atol=0.02)

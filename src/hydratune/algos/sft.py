@@ -6,6 +6,7 @@ The loss is Σ −log p(label) over every labelled token of the accumulated, cro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ from hydratune.algos.base import BaseConfig, BaseTrainer
 from hydratune.data.collate import SFTCollator
 from hydratune.data.pipeline import prepare
 from hydratune.errors import UserError, Violation
-from hydratune.fused_head import FusedHead, Stats, cross_entropy, select
+from hydratune.fused_head import FusedHead, Stats, cross_entropy, is_exact, select
 from hydratune.models import ModelRecipe
 from hydratune.settings import option
+
+log = logging.getLogger("hydratune")
 
 
 @dataclass
@@ -118,6 +121,7 @@ class SFTTrainer(BaseTrainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             **older_names,
         )
+        self._head_is_fused: bool | None = None  # until a forward pass has shown whether it may be
         config = self.model.config
         if self.args.router_aux_loss_coef is None:
             self.args.router_aux_loss_coef = getattr(config, "router_aux_loss_coef", None)
@@ -196,7 +200,15 @@ class SFTTrainer(BaseTrainer):
         labels = batch.pop("labels")
         if self._balances_experts:
             batch["output_router_logits"] = True
-        if return_outputs or self.compute_loss_func is not None or self.label_smoother is not None:
+        if self._head_is_fused is None:
+            self._head_is_fused = is_exact(model)
+            if not self._head_is_fused:
+                log.warning(
+                    "%s transforms its logits in a way of its own: the loss is computed from all of them",
+                    type(model).__name__,
+                )
+        whole = return_outputs or self.compute_loss_func is not None or self.label_smoother is not None
+        if whole or not self._head_is_fused:
             outputs = model(**batch)
             loss_sum, stats = self._from_logits(outputs, labels, num_items_in_batch)
         else:
