@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
@@ -17,14 +16,16 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from hydratune.checks import evaluates, loggable
+from hydratune.command import as_values
 from hydratune.config import key_of, parse
 from hydratune.errors import UserError, Violation, nearest
 from hydratune.functions import resolve
 from hydratune.objective import Objective
 from hydratune.settings import RunSettings
-from hydratune.sweep.job import Command, text
+from hydratune.sweep.job import Command
 from hydratune.sweep.space import Choice, Dimension, Float, Int, Paired, Space
-from hydratune.sweep.supervisor import Result, Sweep
+from hydratune.sweep.supervisor import Result, near
+from hydratune.sweep.sweep import Sweep
 from hydratune.sweep.trial import Bound
 from hydratune.sweep.view import show_plan
 
@@ -46,7 +47,7 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
     given = {o.key_or_group for o in [*swept, *shared]}
     for key, values in search.space.items():
         if key not in given:
-            (override,) = parser.parse_overrides([f"{key}={_values(values)}"])
+            (override,) = parser.parse_overrides([f"{key}={as_values(values)}"])
             if not override.is_sweep_override():
                 raise UserError(
                     Violation(
@@ -108,10 +109,6 @@ def _dimension(override: Override) -> Dimension:
     if isinstance(value.start, int) and isinstance(value.end, int):
         return Int(value.start, value.end, log=log)
     return Float(float(value.start), float(value.end), log=log)
-
-
-def _values(values: Any) -> str:
-    return ",".join(text(v) for v in values) if isinstance(values, list) else str(values)
 
 
 def _plain(override: Override) -> str:
@@ -206,9 +203,7 @@ def _first(base: Sequence[str], dimensions: dict[str, Dimension]) -> tuple[tuple
 def _say_where(result: Result, command: Command) -> None:
     if not result.front:
         return
-    from hydratune.sweep.supervisor import _near
-
-    where = _near(result.directory)
+    where = near(result.directory)
     print(f"again      {command.line(result.best.settings)}")
     print(f"settings   python train.py --config-dir {where} --config-name best")
     print(f"results    {where}/report.html, trials.csv, study.md, best.sh")

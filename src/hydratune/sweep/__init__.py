@@ -21,15 +21,16 @@ _PUBLIC = {
     "Pruned": "trial",
     "Result": "supervisor",
     "Space": "space",
-    "Sweep": "supervisor",
+    "Sweep": "sweep",
     "current": "trial",
-    "run": "supervisor",
+    "run": "sweep",
 }
 __all__ = ["Choice", "Float", "Int", "Paired", "Pruned", "Result", "Space", "Sweep", "current", "run"]
 
 if TYPE_CHECKING:
     from hydratune.sweep.space import Choice, Float, Int, Paired, Space
-    from hydratune.sweep.supervisor import Result, Sweep, run
+    from hydratune.sweep.supervisor import Result
+    from hydratune.sweep.sweep import Sweep, run
     from hydratune.sweep.trial import Pruned, current
 
 
