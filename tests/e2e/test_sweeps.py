@@ -309,6 +309,22 @@ def wait_for(happened, seconds: float = 90.0) -> None:
         time.sleep(0.02)
 
 
+def test_data_that_no_trial_could_use_is_refused_before_the_first(tmp_path):
+    (tmp_path / "bad.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "x"}]}\n{"messages": []}\n'
+    )
+    done = run("-m", "lr=1e-3,2e-3", *QUICK, "data.path=bad.jsonl", "output_dir=study", cwd=tmp_path, code=2)
+    assert "bad.jsonl" in done.stderr and "trial 0 starts" not in done.stderr
+    assert not (tmp_path / "study" / "0").exists()
+
+
+def test_a_sweep_of_which_nothing_completes_ends_with_3(tmp_path):
+    done = run("-m", "lr=1e30,1e32", *TINY, "max_steps=30", "trainer.logging_steps=1", "trainer.max_grad_norm=0", "output_dir=study",
+               cwd=tmp_path, code=3)  # fmt: skip
+    assert "no trial of study has completed" in done.stderr and "the loss is" in done.stderr
+    assert {t["state"] for t in study(tmp_path / "study")["trials"]} == {"diverged"}
+
+
 def test_a_bad_combination_fails_alone(tmp_path):
     """A block length of null cannot be packed: one point of four cannot work, the others do."""
     run("-m", "algo.max_length=64,null", "algo.packing=false,true", *QUICK, "output_dir=study", cwd=tmp_path)

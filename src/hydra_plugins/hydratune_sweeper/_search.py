@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from hydratune.checks import evaluates, loggable
 from hydratune.command import as_values
 from hydratune.config import key_of, parse
-from hydratune.errors import UserError, Violation, nearest
+from hydratune.errors import TrainingFailed, UserError, Violation, nearest
 from hydratune.functions import resolve
 from hydratune.objective import Objective
 from hydratune.settings import RunSettings
@@ -85,6 +85,12 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
     known = {"script": str(script), "folder": str(Path.cwd()), "arguments": line}
     (directory / "command.json").write_text(json.dumps(known), encoding="utf-8")
     result = sweep.run()
+    if not any(t.values for t in result.trials):
+        reasons = [t.reason for t in result.trials if t.reason] or ["see their console.log"]
+        often = max(reasons, key=reasons.count)
+        raise TrainingFailed(
+            f"no trial of {near(result.directory)} has completed; the most frequent reason: {often}"
+        )
     _say_where(result, command)
     return result
 

@@ -66,6 +66,9 @@ class _Orders:
         self._running: dict[int, _Run] = {}
         self._word: Word = "run"
 
+    def prepare(self) -> None:
+        """Every job prepares for itself."""
+
     def start(self, key: int, job: Job) -> None:
         directory, attempt = Path(job.spec.directory), job.spec.attempt
         order(directory, attempt, "run")

@@ -7,6 +7,7 @@ it wrote. None of them waits for one trial before it starts the next.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -21,10 +22,18 @@ from typing import Any, Protocol
 from hydratune.errors import UserError, Violation
 from hydratune.sweep.job import Job, how_it_ended
 
+log = logging.getLogger("hydratune")
 _POLL = 0.05  # seconds between looks at processes that do not announce their end
 
 
 class Executor(Protocol):
+    def prepare(self) -> None:
+        """Get ready for the first job.
+
+        Raises:
+            UserError: no job can work.
+        """
+
     def start(self, key: int, job: Job) -> None:
         """Start a job; its key comes back from `wait`."""
 
@@ -50,6 +59,14 @@ class ForkExecutor:
         self._pids: dict[int, int] = {}  # of the jobs that run: key → process, 0 until it is known
         self._asked: set[int] = set()  # processes that were asked to stop
         self.report: dict[str, Any] = {}
+
+    def prepare(self) -> None:
+        if self._connection is None:
+            error = self.warm_up()["error"]
+            if isinstance(error, UserError):
+                raise error
+            if error:
+                log.warning("the warm process could not read ahead (%s): trials do it themselves", error)
 
     @classmethod
     def launch(cls) -> None:
@@ -164,6 +181,9 @@ class ProcessExecutor:
     def __init__(self) -> None:
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._asked: set[int] = set()
+
+    def prepare(self) -> None:
+        """Every process prepares for itself."""
 
     def start(self, key: int, job: Job) -> None:
         command = [sys.executable, "-m", "hydratune.sweep.forkserver", "--once", str(os.getpid())]

@@ -137,15 +137,19 @@ def _warm(packed: bytes) -> dict[str, Any]:
     """Import and read ahead what the tasks will want; an error only means that trials do it themselves."""
     import torch
 
+    from hydratune.errors import UserError
     from hydratune.sweep.job import THREADS, unpack
 
     os.environ[THREADS] = str(torch.get_num_threads())  # what a process of its own would have
     torch.set_num_threads(1)  # no parallel region: its thread pool would not survive a fork
+    error: str | UserError
     try:
         from hydratune.sweep.warm import warm
 
         warm(unpack(packed))
         error = ""
+    except UserError as problem:
+        error = problem
     except Exception as problem:
         error = f"{type(problem).__name__}: {problem}"
     threads = os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else [""]  # noqa: PTH112, PTH208

@@ -81,10 +81,14 @@ class Supervisor:
     def run(self, plan: Mapping[str, str]) -> Result:
         """
         Raises:
+            UserError: no trial could work.
             Interrupted: a signal came; running trials have saved a checkpoint.
         """
         with self._signals():
             self.view.begin(plan, self.study.records(), self.study.config)
+            wanted = self.study.config.n_trials
+            if wanted is None or self.study.finished() < wanted:
+                self.executor.prepare()
             while True:
                 self.study.keep_alive()
                 if time.monotonic() - self.reaped > _REAP_EVERY:

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from hydratune import algos
+from hydratune.errors import UserError
 from hydratune.sweep.job import Command, load_script
 
 _IMPORTS = (
@@ -29,11 +30,20 @@ def import_all() -> None:
 
 
 def warm(task: Any) -> None:
-    """Import what every trial imports; for a `Command`, also read what its first trials will want."""
+    """Import what every trial imports; for a `Command`, also read what its first trials will want.
+
+    Raises:
+        UserError: none of them can work.
+    """
     import_all()
     if isinstance(task, Command):
-        script = load_script(task.script)
+        script, refused = load_script(task.script), []
         for arguments in task.warm_with:
-            script.warm(list(arguments))
+            try:
+                script.warm(list(arguments))
+            except UserError as error:
+                refused.append(error)
+        if refused and len(refused) == len(task.warm_with):
+            raise refused[0]  # no trial could work, e.g. because of the data
     gc.collect()
     gc.freeze()  # a collection in a child looks at its own objects alone, and copies none of these pages
