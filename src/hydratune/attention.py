@@ -82,8 +82,13 @@ def _mask(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """No mask where none is padded, so that packed rows never get a dense T × T one; else sdpa's."""
-    if attention_mask is None and q_length == kv_length and not args:
+    """No mask for one row of full attention without padding, so that packed rows never get a dense T × T one; else sdpa's.
+
+    Several rows need it where they are packed, and chunked or sliding attention always does.
+    """
+    config = kwargs.get("config")
+    full = config is None or _full_attention(config.get_text_config())
+    if attention_mask is None and q_length == kv_length and not args and batch_size == 1 and full:
         return None
     return sdpa_mask(
         batch_size,
@@ -147,7 +152,10 @@ def _boundaries(position_ids: torch.Tensor | None, length: int) -> torch.Tensor 
     """Document boundaries from restarting positions, for callers that pass no `cu_seq_lens_q`."""
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[0] != 1:
         return None
-    starts = (position_ids[0] == 0).nonzero().flatten()
+    goes_on = F.pad(
+        position_ids[0].diff() == 1, (1, 0), value=False
+    )  # the first token starts one, wherever it counts from
+    starts = (~goes_on).nonzero().flatten()
     return torch.cat([starts, starts.new_tensor([length])]).to(torch.int32) if len(starts) > 1 else None
 
 

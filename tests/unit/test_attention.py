@@ -177,3 +177,44 @@ def test_torchs_varlen_kernel_is_called_as_its_version_wants(kernel, monkeypatch
         SimpleNamespace(), query, key, value, None, scaling=0.5, cu_seq_lens_q=boundaries
     )
     assert torch.allclose(ours, wanted, atol=1e-5)
+
+
+def test_several_packed_rows_keep_their_documents_apart():
+    """Two rows, packed differently, no mask: each as sdpa has it with its block mask."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 0, 1, 2, 3, 0, 1]])
+    ids = torch.arange(3, 19).reshape(2, 8)
+    found = {}
+    for implementation in ("sdpa", attention.NAME):
+        model = model_of("qwen2", implementation)
+        found[implementation] = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    assert torch.allclose(found["sdpa"], found[attention.NAME], atol=1e-5)
+    alone = model(input_ids=ids[:1, 3:], position_ids=positions[:1, 3:], use_cache=False).logits
+    assert torch.allclose(found["sdpa"][0, 3:], alone[0], atol=1e-5)
+
+
+def test_a_row_that_does_not_count_from_zero_has_its_boundaries():
+    assert attention._boundaries(torch.tensor([[5, 6, 7, 0, 1]]), 5).tolist() == [0, 3, 5]
+    assert attention._boundaries(torch.tensor([[5, 6, 7, 8, 9]]), 5) is None
+    model, plain = model_of("llama", attention.NAME), model_of("llama", "sdpa")
+    given = {
+        "input_ids": torch.arange(3, 8)[None],
+        "position_ids": torch.tensor([[5, 6, 7, 0, 1]]),
+        "use_cache": False,
+    }
+    assert torch.allclose(model(**given).logits, plain(**given).logits, atol=1e-5)
+
+
+def test_chunked_attention_keeps_its_mask():
+    fields = {
+        "attention_chunk_size": 4,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+        "head_dim": 8,
+        "layer_types": ["chunked_attention"] * 2,
+    }
+    ids = torch.arange(3, 15)[None]
+    own, plain = (
+        model_of("llama4_text", i, **fields)(input_ids=ids, use_cache=False).logits
+        for i in (attention.NAME, "sdpa")
+    )
+    assert torch.allclose(own, plain, atol=1e-5)
