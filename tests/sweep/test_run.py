@@ -178,6 +178,18 @@ def test_the_same_call_goes_on_and_more_trials_extend_it(tmp_path):
         search(task, {"y": sweep.Float(0, 1)}, tmp_path, n_trials=4)
 
 
+def test_without_a_directory_the_same_call_is_the_same_study_and_another_function_another(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    one = sweep.run(lambda s: s["i"], {"i": [1, 2]}, quiet=True)
+    other = sweep.run(lambda s: -s["i"], {"i": [1, 2]}, quiet=True)
+    assert one.directory != other.directory and (one.best.values, other.best.values) == ([1.0], [-2.0])
+    assert one.directory.parent == tmp_path / "outputs" / "sweeps" and one.directory.name.startswith(
+        "lambda-"
+    )
+
+
 def test_a_mapping_of_metrics_serves_objectives_and_bounds(tmp_path):
     def task(settings):
         x = settings["x"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -195,7 +198,7 @@ def run(
     *,
     objective: str | Sequence[str] = "objective",
     direction: str | Sequence[str] | None = None,
-    output_dir: str | Path = "outputs/sweeps/python",
+    output_dir: str | Path | None = None,
     seed: int = 42,
     quiet: bool = False,
     **settings: Any,
@@ -208,7 +211,8 @@ def run(
         space: settings by name: a list of values, `Float`, `Int`, `Choice` or `Paired`.
         objective: name of the value, or of several.
         direction: minimize or maximize for each; None: told from the name, else minimize.
-        output_dir: of the study. The same call with the same directory goes on.
+        output_dir: of the study, which the same call with the same directory goes on with. None: below outputs/sweeps,
+            under a name made from the function, its source and the space.
         seed: of the sampler.
         quiet: show nothing.
         **settings: fields of `SweepSettings`: n_trials, sampler, pruner, workers, …
@@ -226,8 +230,22 @@ def run(
         ) from error
     if direction is None and all(_known(n) is None for n in names):
         chosen.direction = "minimize"
-    sweep = Sweep(task, space, chosen, objectives=names, directory=Path(output_dir), seed=seed)
+    space = as_space(space)
+    directory = Path(output_dir or Path("outputs/sweeps") / _name(task, space, names))
+    sweep = Sweep(task, space, chosen, objectives=names, directory=directory, seed=seed)
     return sweep.run(View(quiet=quiet))
+
+
+def _name(task: Any, space: Space, objectives: Sequence[str]) -> str:
+    """A study's name that changes with what is searched and how: another function is another study."""
+    try:
+        source = inspect.getsource(task)
+    except (OSError, TypeError):  # typed into a prompt, or no plain function
+        source = ""
+    facts = json.dumps([source, space.describe(), list(objectives)])
+    return (
+        f"{getattr(task, '__name__', 'study').strip('<>')}-{hashlib.sha256(facts.encode()).hexdigest()[:6]}"
+    )
 
 
 def _known(name: str) -> str | None:
