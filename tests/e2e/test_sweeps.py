@@ -388,6 +388,14 @@ WRONG = {
     "no such function": (["-m", "sweep.space_function=nosuch.fn", "sweep.n_trials=2"], "sweep.space_function"),
     "outside the space": (["-m", "lr=interval(1e-4,1e-3)", "sweep.n_trials=2", "sweep.enqueue=[{lr: 1}]"], "not in the space"),
     "a value that never works": (["-m", "peft=none,lora", "peft.r=4,8"], "no adapter is chosen"),
+    "no number of workers": (["-m", "lr=1e-3,2e-3", "sweep.workers=many"], "sweep.workers"),
+    "no worker": (["-m", "lr=1e-3,2e-3", "sweep.workers=0"], "1 or more"),
+    "no such direction": (["-m", "lr=1e-3,2e-3", "sweep.direction=down"], "minimize or maximize"),
+    "options of no executor": (["-m", "lr=1e-3,2e-3", "sweep.executor_options={partition: a}"], "the local executor has none"),
+    "options of no pruner": (["-m", "lr=1e-3,2e-3", "sweep.pruner=median", "sweep.pruner_options={n: 3}"], "median takes"),
+    "no such keep": (["-m", "lr=1e-3,2e-3", "sweep.keep=some"], "sweep.keep"),
+    "paired is no list": (["-m", "lr=1e-3,2e-3", "sweep.paired={size: 3}"], "sweep.paired"),
+    "a space of one value": (["-m", "lr=1e-3,2e-3", "sweep.space={seed: 3}"], "has one value"),
     "backwards": (["-m", "lr=interval(1e-3,1e-4)", "sweep.n_trials=2"], "interval"),
 }  # fmt: skip
 

@@ -55,7 +55,11 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
                     )
                 )
             dimensions[key] = _dimension(override)
-    dimensions |= {name: Paired(*values) for name, values in search.paired.items()}
+    for name, values in search.paired.items():
+        if not isinstance(values, list) or not values or not all(isinstance(v, dict) and v for v in values):
+            fix = "write NAME: [{peft.r: 8, peft.lora_alpha: 16}, {peft.r: 16, peft.lora_alpha: 32}]"
+            raise UserError(Violation(f"sweep.paired.{name}", values, "is no list of mappings", fix))
+        dimensions[name] = Paired(*values)
     function = resolve(search.space_function, "sweep.space_function") if search.space_function else None
     space = Space(dimensions, function)
     base = [

@@ -247,8 +247,12 @@ def slots(
     """The places in which trials run at the same time: for each the variables that its trial gets.
 
     Raises:
-        UserError: more GPUs for a trial than there are.
+        UserError: no number of workers, or more GPUs for a trial than there are.
     """
+    if workers not in (None, "auto") and not (str(workers).isdigit() and int(workers) > 0):
+        raise UserError(
+            Violation("sweep.workers", workers, "is no number of trials", "give auto, or 1 or more")
+        )
     if gpus and gpus_per_trial > len(gpus):
         why = f"there are {len(gpus)} GPUs here ({', '.join(gpus)})"
         raise UserError(Violation("sweep.gpus_per_trial", gpus_per_trial, why, f"give at most {len(gpus)}"))
@@ -281,8 +285,4 @@ def make_executor(
         from hydratune.sweep.cluster import RayExecutor
 
         return RayExecutor(options)
-    if options:
-        raise UserError(
-            Violation("sweep.executor_options", dict(options), "the local executor has none", "leave it out")
-        )
     return ForkExecutor(warm_with) if fork else ProcessExecutor()

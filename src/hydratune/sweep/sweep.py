@@ -126,6 +126,9 @@ class Sweep:
                     "sweep.storage", settings.storage, why, "use a journal file or PostgreSQL, or workers=1"
                 )
             )
+        if settings.executor == "local" and settings.executor_options:
+            why = "the local executor has none"
+            wrong.append(Violation("sweep.executor_options", settings.executor_options, why, "leave it out"))
         if settings.n_trials is not None and settings.n_trials < 1:
             wrong.append(Violation("sweep.n_trials", settings.n_trials, "is out of range", "give 1 or more"))
         checks: list[Callable[[], Any]] = [
