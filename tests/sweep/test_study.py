@@ -213,6 +213,26 @@ def test_several_objectives_have_a_front_and_a_failure_does_not_end_them(tmp_pat
     assert [r.number for r in front] == [0, 1]
 
 
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+@pytest.mark.parametrize("several", [False, True])
+def test_the_parameter_that_decides_is_the_most_important(tmp_path, direction, several):
+    """The objective is x in the good half, and does not depend on y."""
+    objectives, directions = (("a", "b"), (direction, "minimize")) if several else (("a",), (direction,))
+    space = as_space({"x": Float(0.0, 1.0), "y": Float(0.0, 1.0)})
+    study = Study(
+        config(
+            tmp_path, space=space, sampler="random", n_trials=40, objectives=objectives, directions=directions
+        ),
+        tmp_path,
+    )
+    assert study.importance() == {}
+    while ticket := study.next_trial():
+        value = ticket.settings["x"]
+        study.tell(ticket, Outcome("complete", [value, 1.0] if several else [value]))
+    found = study.importance()
+    assert next(iter(found)) == "x" and found["x"] > 3 * found["y"]
+
+
 def test_a_trial_beyond_its_bound_is_complete_but_not_the_best(tmp_path):
     study = Study(config(tmp_path, constraints=("peak_memory_gib <= 20",)), tmp_path)
     study.tell(study.next_trial(), Outcome("complete", [0.1], constraints={"peak_memory_gib <= 20": 4.0}))

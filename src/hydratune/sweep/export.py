@@ -56,7 +56,9 @@ class Exporter:
                 start_new_session=True,
             )
 
-    def write(self, trials: Sequence[Record], front: Sequence[Record]) -> None:
+    def write(
+        self, trials: Sequence[Record], front: Sequence[Record], importance: dict[str, float] | None = None
+    ) -> None:
         directory, config = self._directory, self._study.config
         whole(directory / "trials.csv", table(trials, config.objectives))
         facts = {
@@ -68,6 +70,7 @@ class Exporter:
             "pruner": config.pruner,
             "n_trials": config.n_trials,
             "front": [r.number for r in front],
+            "importance": importance or {},
             "commands": {r.number: self._task.line(r.settings) for r in trials if self._task and r.settings},
             "trials": [asdict(r) for r in trials],
         }
@@ -107,10 +110,10 @@ class Exporter:
                 for name in ("model", "base", "checkpoints"):
                     shutil.rmtree(self._directory / str(trial.number) / name, ignore_errors=True)
 
-    def close(self, trials: Sequence[Record], front: Sequence[Record]) -> None:
+    def close(self, trials: Sequence[Record], front: Sequence[Record], importance: dict[str, float]) -> None:
         """The last state of everything; waits until the pages are drawn."""
         if any(t.finished for t in trials):
-            self.write(trials, front)
+            self.write(trials, front, importance)
         if self._drawing is not None:
             assert self._drawing.stdin is not None
             self._drawing.stdin.close()
@@ -160,6 +163,9 @@ def summary(facts: dict[str, Any], trials: Sequence[Record], front: Sequence[Rec
         lines += [f"**{'Best' if len(front) == 1 else 'Pareto front'}: trial {r.number}**, {values}", ""]
         if command := facts["commands"].get(r.number):
             lines += ["```bash", command, "```", ""]
+    if facts["importance"]:
+        shares = ", ".join(f"{name} {share:.2f}" for name, share in facts["importance"].items())
+        lines += [f"Importance for {facts['objectives'][0]}: {shares}", ""]
     names = list(dict.fromkeys(name for t in trials for name in t.settings))
     head = ["trial", "state", *facts["objectives"], *names, "seconds", "reason"]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]

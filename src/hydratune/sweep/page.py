@@ -156,6 +156,9 @@ def plots(directory: Path, facts: dict[str, Any]) -> list[tuple[str, Any]]:
     chosen: dict[str, Any] = (
         {"target": first, "target_name": objective} if several else {"target_name": objective}
     )
+    # importance looks at what makes the target low; for one objective Optuna minds the direction itself
+    sign = 1.0 if facts["directions"][0] == "minimize" else -1.0
+    ranked = {"target": lambda trial: sign * trial.values[0], "target_name": objective} if several else {}
     makers: list[tuple[str, Any, bool]] = [
         ("History", lambda: draw.plot_optimization_history(study, **chosen), len(done) > 0),
         (
@@ -165,7 +168,7 @@ def plots(directory: Path, facts: dict[str, Any]) -> list[tuple[str, Any]]:
         ),
         (
             "Importance of each parameter",
-            lambda: draw.plot_param_importances(study, **chosen),
+            lambda: draw.plot_param_importances(study, **ranked),
             len(done) > 2 and bool(varied),
         ),
         (

@@ -85,6 +85,7 @@ def open_storage(storage: str, *, create: bool = True) -> BaseStorage:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes")
     warnings.filterwarnings("ignore", message="Constraints have been set")  # ours, and CMA-ES cannot use them
     if not is_url(storage):
         path = Path(storage).expanduser()

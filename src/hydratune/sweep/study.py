@@ -34,6 +34,7 @@ _TELLS = {
     "failed": TrialState.FAIL,
     "crashed": TrialState.FAIL,
 }
+_ENOUGH = 4  # complete trials, for an importance to mean anything
 _INFEASIBLE = (
     "diverged",
     "out of memory",
@@ -327,6 +328,22 @@ class Study:
 
     def records(self) -> list[Record]:
         return records(self.trials())
+
+    def importance(self) -> dict[str, float]:
+        """How much each parameter decides the first objective (PED-ANOVA, arXiv:2304.10255), the most first.
+
+        Empty when too few trials are complete, or nothing differs.
+        """
+        if sum(t.state == TrialState.COMPLETE for t in self.trials()) < _ENOUGH:
+            return {}
+        target = None
+        if len(self.config.directions) > 1:  # the measure looks at what makes the target low
+            sign = 1.0 if self.config.directions[0] == "minimize" else -1.0
+            target = lambda trial: sign * trial.values[0]  # noqa: E731
+        try:
+            return optuna.importance.get_param_importances(self.optuna, target=target)
+        except (ValueError, RuntimeError):
+            return {}
 
     def __repr__(self) -> str:
         return f"Study({self.config.name!r}, {hide_password(self.config.storage)!r})"

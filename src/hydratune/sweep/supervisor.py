@@ -103,7 +103,8 @@ class Supervisor:
                     self._finish(key, how)
                 self.view.update(self.study.records)
         result = self._result()
-        self.exporter.close(result.trials, result.front)
+        importance = self.study.importance()
+        self.exporter.close(result.trials, result.front, importance)
         if self.signals:
             left = (
                 ""
@@ -115,7 +116,7 @@ class Supervisor:
             )
         if self.stopped_by:
             self.view.say(self.stopped_by)
-        self.view.end(result.trials, result.front)
+        self.view.end(result.trials, result.front, importance)
         return result
 
     def _ends(self) -> bool:

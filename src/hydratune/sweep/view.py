@@ -122,7 +122,7 @@ class View:
             )
         return table
 
-    def end(self, trials: Sequence[Record], front: Sequence[Record]) -> None:
+    def end(self, trials: Sequence[Record], front: Sequence[Record], importance: Mapping[str, float]) -> None:
         assert self._config is not None
         if self._live is not None:
             self._live.update(self._table(trials, front))
@@ -132,6 +132,9 @@ class View:
         for t in trials:
             states[t.state] = states.get(t.state, 0) + 1
         self.say("trials: " + ", ".join(f"{n} {state}" for state, n in states.items()))
+        if importance:
+            shares = ", ".join(f"{name} {share:.2f}" for name, share in importance.items())
+            self.say(f"importance for {self._config.objectives[0]}: {shares}")
         if not front:
             self.say("no trial has completed within the constraints")
         for r in front:
