@@ -26,14 +26,14 @@ def resumed(typed: list[str]) -> list[str]:
     run = run.parent.parent if run.name.startswith("checkpoint-") else run
     if given and (command := run / "command.json").is_file():
         mine = {_key(a) for a in typed}
-        before = [
-            a
-            for a in json.loads(command.read_text(encoding="utf-8"))["arguments"]
-            if _key(a) not in mine or a[:1] == "-"
-        ]
-        before = [a for a in before if _key(a) not in ("output_dir", "check")]
+        begun = json.loads(command.read_text(encoding="utf-8"))
+        before = [a for a in begun["arguments"] if _key(a) not in mine or a[:1] == "-"]
+        before = [a for a in before if _key(a) not in ("output_dir", "check", "sweep.name")]
         now = [a for a in typed if _key(a) != "resume" and a not in ("-m", "--multirun")]
-        return [*before, f"output_dir='{run}'", *now]
+        named = (
+            [] if "sweep.name" in mine else [f"sweep.name='{begun['name']}'"]
+        )  # also when its folder was renamed
+        return [*before, f"output_dir='{run}'", *named, *now]
     saved = run / ".hydra" / "overrides.yaml"
     if not given or not saved.is_file():
         return typed

@@ -6,13 +6,18 @@ a forked child may change what it takes, because its memory is its own, but a se
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pickle
+import signal
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+CRASHED = 70  # exit code of a child whose start failed
+_PR_SET_PDEATHSIG = 1
 _held: dict[str, Any] = {}
 
 
@@ -39,8 +44,10 @@ def in_child(make: Callable[[], T]) -> T:
         Exception: what the function raised; ChildProcessError when the child died.
     """
     read, write = os.pipe()
+    parent = os.getpid()
     pid = os.fork()
     if not pid:
+        die_with_parent(parent)
         os.close(read)
         try:
             try:
@@ -61,3 +68,12 @@ def in_child(make: Callable[[], T]) -> T:
     if problem is not None:
         raise problem
     return value
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends (Linux)."""
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(CRASHED)

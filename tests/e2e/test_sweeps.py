@@ -188,7 +188,11 @@ def test_the_same_command_finds_its_study_done_and_a_name_goes_on_with_it(grid):
 
 def test_a_changed_space_under_the_same_name_is_refused(grid):
     folder, _ = grid
+    command_before = (folder / "command.json").read_text()
     done = run("-m", "lr=1e-3,3e-3", *QUICK, f"output_dir={folder}", cwd=folder, code=2)
+    assert (folder / "command.json").read_text() == command_before
+    done2 = run("-m", "lr=1e-3,3e-3", *QUICK, f"output_dir={folder}", "sweep.name=other", cwd=folder, code=2)
+    assert "trials of another study" in done2.stderr
     assert "was choice: 0.001, 0.002, is choice: 0.001, 0.003" in done.stderr
 
 
@@ -396,6 +400,9 @@ WRONG = {
     "no such keep": (["-m", "lr=1e-3,2e-3", "sweep.keep=some"], "sweep.keep"),
     "paired is no list": (["-m", "lr=1e-3,2e-3", "sweep.paired={size: 3}"], "sweep.paired"),
     "a space of one value": (["-m", "lr=1e-3,2e-3", "sweep.space={seed: 3}"], "has one value"),
+    "swept twice": (["-m", "lr=1e-3,2e-3", "sweep.paired={p: [{lr: 1}, {lr: 2}]}"], "swept by itself too"),
+    "swept what has one value": (["-m", "lr=1e-3,2e-3", "sweep.n_trials=2,3"], "has one value"),
+    "pruned by the opposite": (["-m", "lr=1e-3,2e-3", "sweep.pruner=median", "sweep.prune_on=mean_token_accuracy"], "better in the same direction"),
     "backwards": (["-m", "lr=interval(1e-3,1e-4)", "sweep.n_trials=2"], "interval"),
 }  # fmt: skip
 
@@ -420,6 +427,28 @@ def test_check_prints_the_plan_and_leaves_nothing(tmp_path, monkeypatch, capsys)
 def test_help_lists_the_kept_searches(capsys):
     assert train.main(["--help"]) == 0
     assert "sft_lora" in capsys.readouterr().out
+
+
+def test_values_with_colons_and_spaces_arrive_as_they_are(tmp_path):
+    run("-m", "run_name=a:b,'c d'", *QUICK, "max_steps=1", "output_dir=study", cwd=tmp_path)
+    names = [
+        yaml.safe_load((tmp_path / "study" / str(i) / "config.yaml").read_text())["run_name"]
+        for i in range(2)
+    ]
+    assert names == ["a:b", "c d"]
+
+
+def test_a_first_point_that_cannot_work_does_not_refuse_the_others(tmp_path):
+    run(
+        "-m",
+        "peft=lora",
+        "peft.target_modules=[nope],all-linear",
+        *QUICK,
+        "max_steps=1",
+        "output_dir=study",
+        cwd=tmp_path,
+    )
+    assert [t["state"] for t in study(tmp_path / "study")["trials"]] == ["invalid", "complete"]
 
 
 def test_a_conditional_space_by_a_function(tmp_path):

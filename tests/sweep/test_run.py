@@ -142,6 +142,54 @@ def test_a_killed_fork_server_costs_only_what_was_running(tmp_path):
     assert states(result) == ["complete"] * 3 and [t.attempts for t in result.trials] == [1, 2, 1]
 
 
+def test_brackets_in_reasons_and_values_are_text(tmp_path, capsys):
+    def task(settings):
+        raise ValueError("cannot open [/data/x] now")
+
+    result = sweep.run(task, {"modules": ["[q_proj,v_proj]", "x"]}, output_dir=tmp_path / "study")
+    assert states(result) == ["failed"] * 2
+    said = capsys.readouterr().err
+    assert "modules=[q_proj,v_proj]" in said and "[/data/x]" in said
+
+
+def test_random_numbers_differ_between_trials(tmp_path):
+    def task(settings):
+        import numpy
+
+        return float(numpy.random.rand())
+
+    result = search(task, {"i": [1, 2, 3]}, tmp_path)
+    assert len({t.values[0] for t in result.trials}) == 3
+
+
+def test_a_folder_of_another_study_is_refused(tmp_path):
+    search(lambda s: s["i"], {"i": [1, 2]}, tmp_path)
+    with pytest.raises(UserError, match="trials of another study"):
+        search(lambda s: s["i"], {"i": [3, 4]}, tmp_path, name="other")
+    (tmp_path / "study" / "journal.log").unlink()
+    with pytest.raises(UserError, match="trials of another study"):
+        search(lambda s: s["i"], {"i": [1, 2]}, tmp_path)
+
+
+def test_a_seed_of_the_samplers_own_moves_on_with_the_trials(tmp_path):
+    result = search(
+        lambda s: s["x"],
+        {"x": sweep.Float(0, 1)},
+        tmp_path,
+        n_trials=4,
+        sampler="random",
+        sampler_options={"seed": 1},
+    )
+    assert len({t.settings["x"] for t in result.trials}) == 4
+
+
+def test_known_points_may_be_lists_and_truths(tmp_path):
+    space = {"m": ["[q_proj,v_proj]", "all-linear"], "b": ["true", "false"], "x": sweep.Float(0, 1)}
+    given = [{"m": ["q_proj", "v_proj"], "b": True, "x": 0.5}]
+    result = search(lambda s: s["x"], space, tmp_path, n_trials=1, enqueue=given)
+    assert result.trials[0].settings == {"m": "[q_proj,v_proj]", "b": "true", "x": 0.5}
+
+
 def test_a_sweep_ends_after_too_many_failures_in_a_row(tmp_path):
     def task(settings):
         raise ValueError("always")
@@ -231,6 +279,7 @@ def test_a_pruned_trial_ends_early_and_is_told(tmp_path):
     "space, settings, key",
     [
         ({}, {}, "sweep.space"),
+        ({"x": [[1, 2], [3]]}, {}, "space"),
         ({"x": sweep.Float(0, 1)}, {}, "sweep.n_trials"),
         ({"x": sweep.Float(0, 1)}, {"sampler": "grid", "n_trials": 3}, "sweep.sampler"),
         ({"x": [1, 2]}, {"objective": ["a", "b"], "direction": ["minimize", "up"]}, "sweep.direction"),

@@ -78,6 +78,8 @@ def test_what_is_no_dimension_is_refused(value):
         3,
         1e-05,
         "1e-5",
+        "a:b",
+        "hf://x/y",
         "a b",
         "it's",
         "a,b",

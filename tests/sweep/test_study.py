@@ -103,8 +103,8 @@ sys.path.insert(0, {tests!r})
 from test_study import Study, Outcome, config
 study = Study(config(Path({folder!r})), Path({folder!r}))
 one, two, three = study.next_trial(), study.next_trial(), study.next_trial()
-Outcome("complete", [0.25], attempt=0).write(Path({folder!r}) / "1")
-Outcome("complete", [0.75], attempt=7).write(Path({folder!r}) / "2")
+Outcome("complete", [0.25], attempt=0, study=study.uid).write(Path({folder!r}) / "1")
+Outcome("complete", [0.75], attempt=7, study=study.uid).write(Path({folder!r}) / "2")
 os.kill(os.getpid(), 9)
 """
 

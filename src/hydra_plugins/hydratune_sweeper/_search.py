@@ -20,8 +20,9 @@ from hydratune.command import as_values
 from hydratune.config import key_of, parse
 from hydratune.errors import TrainingFailed, UserError, Violation, nearest
 from hydratune.functions import resolve
-from hydratune.objective import Objective
+from hydratune.objective import Objective, direction
 from hydratune.settings import RunSettings
+from hydratune.sweep.export import whole
 from hydratune.sweep.job import Command
 from hydratune.sweep.space import Choice, Dimension, Float, Int, Paired, Space
 from hydratune.sweep.supervisor import Result, near
@@ -41,6 +42,15 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
     shared: list[Override] = []
     for override in parser.parse_overrides(arguments):
         (swept if override.is_sweep_override() else shared).append(override)
+    if fixed := [
+        o for o in swept if key_of(_plain(o)).partition(".")[0].partition("/")[0] in _NOT_OF_A_TRIAL
+    ]:
+        raise UserError(
+            Violation(
+                key_of(_plain(o)), o.get_value_string(), "is of the whole sweep and has one value", "give one"
+            )
+            for o in fixed
+        )
     dimensions = {o.key_or_group: _dimension(o) for o in swept}
     settings = _settings(config, shared, dimensions)
     search = settings.sweep
@@ -59,6 +69,12 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
         if not isinstance(values, list) or not values or not all(isinstance(v, dict) and v for v in values):
             fix = "write NAME: [{peft.r: 8, peft.lora_alpha: 16}, {peft.r: 16, peft.lora_alpha: 32}]"
             raise UserError(Violation(f"sweep.paired.{name}", values, "is no list of mappings", fix))
+        if twice := {key for v in values for key in v} & dimensions.keys():
+            raise UserError(
+                Violation(
+                    f"sweep.paired.{name}", sorted(twice), "is swept by itself too", "leave out one of them"
+                )
+            )
         dimensions[name] = Paired(*values)
     function = resolve(search.space_function, "sweep.space_function") if search.space_function else None
     space = Space(dimensions, function)
@@ -84,11 +100,9 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
     if settings.check:
         show_plan(sweep.plan())
         return None
-    directory.mkdir(parents=True, exist_ok=True)
     line = ["-m", *_options(config), *(_plain(o) for o in [*shared, *swept])]
-    known = {"script": str(script), "folder": str(Path.cwd()), "arguments": line}
-    (directory / "command.json").write_text(json.dumps(known), encoding="utf-8")
-    result = sweep.run()
+    known = {"script": str(script), "folder": str(Path.cwd()), "name": search.name, "arguments": line}
+    result = sweep.run(accepted=lambda: whole(directory / "command.json", json.dumps(known)))
     if not any(t.values for t in result.trials):
         reasons = [t.reason for t in result.trials if t.reason] or ["see their console.log"]
         often = max(reasons, key=reasons.count)
@@ -113,12 +127,17 @@ def _options(config: DictConfig) -> list[str]:
 def _dimension(override: Override) -> Dimension:
     value = override.value()
     if not isinstance(value, IntervalSweep):
-        return Choice(*override.sweep_string_iterator())
+        return Choice(*map(_unescaped, override.sweep_string_iterator()))
     assert value.start is not None and value.end is not None
     log = "log" in value.tags
     if isinstance(value.start, int) and isinstance(value.end, int):
         return Int(value.start, value.end, log=log)
     return Float(float(value.start), float(value.end), log=log)
+
+
+def _unescaped(value: str) -> str:
+    """A value as it is meant: unquoted, Hydra writes some characters with a backslash before them; `text` quotes them."""
+    return value if value[:1] in ("'", '"', "[", "{") else re.sub(r"\\(.)", r"\1", value)
 
 
 def _plain(override: Override) -> str:
@@ -174,6 +193,14 @@ def _check_metrics(settings: RunSettings, objectives: Sequence[str]) -> None:
                         f"{nearest(metric, known)} (logged: {', '.join(known)})",
                     )
                 )
+    ways = [direction(search.prune_on or ""), direction(named["objective"][0])]
+    if None not in ways and ways[0] != ways[1]:
+        why = f"more of the one is better and less of the other ({named['objective'][0]})"
+        wrong.append(
+            Violation(
+                "sweep.prune_on", search.prune_on, why, "name a metric that is better in the same direction"
+            )
+        )
     seen = search.prune_on or named["objective"][0]
     if (
         search.pruner != "none"

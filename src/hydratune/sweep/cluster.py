@@ -26,7 +26,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class _Orders:
         self._running: dict[int, _Run] = {}
         self._word: Word = "run"
 
-    def prepare(self) -> None:
+    def prepare(self, stopped: Callable[[], bool]) -> None:
         """Every job prepares for itself."""
 
     def start(self, key: int, job: Job) -> None:

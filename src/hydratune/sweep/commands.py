@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from hydratune.errors import UserError, Violation, nearest
 
@@ -87,9 +88,9 @@ def status(
             str(t["number"]),
             t["state"],
             *values,
-            *(str(t["settings"].get(n, "")) for n in names),
+            *(escape(str(t["settings"].get(n, ""))) for n in names),
             seconds,
-            t["reason"],
+            escape(t["reason"]),
         )
     console.print(table)
     print(_counts(facts))

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,8 +27,8 @@ _POLL = 0.05  # seconds between looks at processes that do not announce their en
 
 
 class Executor(Protocol):
-    def prepare(self) -> None:
-        """Get ready for the first job.
+    def prepare(self, stopped: Callable[[], bool]) -> None:
+        """Get ready for the first job, unless the sweep is stopped meanwhile.
 
         Raises:
             UserError: no job can work.
@@ -60,9 +60,9 @@ class ForkExecutor:
         self._asked: set[int] = set()  # processes that were asked to stop
         self.report: dict[str, Any] = {}
 
-    def prepare(self) -> None:
+    def prepare(self, stopped: Callable[[], bool]) -> None:
         if self._connection is None:
-            error = self.warm_up()["error"]
+            error = self.warm_up(stopped).get("error")
             if isinstance(error, UserError):
                 raise error
             if error:
@@ -83,12 +83,16 @@ class ForkExecutor:
             server.kill()
             server.wait()
 
-    def warm_up(self) -> dict[str, Any]:
-        """Start the server and wait until it is warm; gives what it says of itself."""
+    def warm_up(self, stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """Start the server and wait until it is warm; gives what it says of itself, nothing when stopped before."""
         ready, ForkExecutor._launched = ForkExecutor._launched, None
         self._server, self._connection = ready or _start_server()
         self._connection.send(("warm", self._warm_with))
         try:
+            while not self._connection.poll(_POLL):
+                if stopped():
+                    self._lose_server()
+                    return {}
             _, self.report = self._connection.recv()
         except (EOFError, OSError):
             self._lose_server()
@@ -167,7 +171,7 @@ def _start_server() -> tuple[subprocess.Popen[bytes], Connection]:
     ours, theirs = socket.socketpair()
     with theirs:
         server = subprocess.Popen(
-            [sys.executable, "-m", "hydratune.sweep.forkserver", str(theirs.fileno())],
+            [sys.executable, "-m", "hydratune.sweep.forkserver", str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -182,7 +186,7 @@ class ProcessExecutor:
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         self._asked: set[int] = set()
 
-    def prepare(self) -> None:
+    def prepare(self, stopped: Callable[[], bool]) -> None:
         """Every process prepares for itself."""
 
     def start(self, key: int, job: Job) -> None:

@@ -31,7 +31,6 @@ class Exporter:
         self._study, self._keep = study, keep
         self._task = task if isinstance(task, Command) else None
         self._drawing: subprocess.Popen[bytes] | None = None
-        self._env: dict[str, str] = {}
 
     @property
     def _directory(self) -> Path:
@@ -39,7 +38,6 @@ class Exporter:
 
     def begin(self, job: Job) -> None:
         """The command of a trial, in its directory, with the variables that it has too: threads decide the last digits."""
-        self._env = job.env
         if self._task is not None:
             folder = Path(job.spec.directory)
             folder.mkdir(parents=True, exist_ok=True)
@@ -87,9 +85,10 @@ class Exporter:
         others = "".join(
             f"# also on the Pareto front, {r.number}: {self._task.line(r.settings)}\n" for r in front[1:]
         )
-        shell = self._task.shell(best.settings, self._env)
-        head, _, rest = shell.partition("\n")
-        _script(self._directory / "best.sh", f"{head}\n{others}{rest}")
+        with contextlib.suppress(OSError):  # with the variables that this trial had
+            shell = (self._directory / str(best.number) / "command.sh").read_text(encoding="utf-8")
+            head, _, rest = shell.partition("\n")
+            _script(self._directory / "best.sh", f"{head}\n{others}{rest}")
         trial = self._directory / str(best.number)
         with contextlib.suppress(OSError):
             resolved = yaml.safe_load((trial / "config.yaml").read_text(encoding="utf-8"))

@@ -9,7 +9,6 @@ the kernel ends the children.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
@@ -17,8 +16,7 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
-CRASHED = 70  # exit code of a child whose start failed
+from hydratune.held import CRASHED, die_with_parent
 
 
 def main() -> int:
@@ -36,6 +34,7 @@ def main() -> int:
         )  # Ray and `cluster.py` start theirs with it blocked
         return run_packed(sys.stdin.buffer.read())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    die_with_parent(int(sys.argv[2]))
     connection = Connection(int(sys.argv[1]))
     with contextlib.suppress(Exception):  # told with the answer to "warm", which imports the same
         from hydratune.sweep.warm import import_all
@@ -69,10 +68,13 @@ class Server:
                     message = self._connection.recv()
                 except (EOFError, OSError):
                     break
-                if message[0] == "warm":
-                    self._connection.send(("warm", _warm(message[1])))
-                else:
-                    self._start(*message[1:])
+                try:
+                    if message[0] == "warm":
+                        self._connection.send(("warm", _warm(message[1])))
+                    else:
+                        self._start(*message[1:])
+                except OSError:  # the supervisor is gone
+                    break
         for pid in self._children:
             _kill_group(pid)
 
@@ -117,15 +119,6 @@ class Server:
             _kill_group(pid)  # data loaders and the like that it left
             if pid in self._children:
                 self._connection.send(("ended", self._children.pop(pid), os.waitstatus_to_exitcode(status)))
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends (Linux)."""
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
-        os._exit(CRASHED)
 
 
 def _kill_group(pid: int) -> None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import cloudpickle
 
 from hydratune.checkpoints import last_checkpoint
 from hydratune.errors import Interrupted, Pruned
+from hydratune.held import die_with_parent
 from hydratune.sweep.place import alone
 from hydratune.sweep.trial import VARIABLE, TrialSpec, current
 
@@ -69,7 +71,7 @@ class Command:
     def run(self, spec: TrialSpec) -> int:
         """Run the trial of `spec`, which judges itself; gives the exit code."""
         place = [f"output_dir={text(spec.directory)}"]
-        if last_checkpoint(Path(spec.directory)):
+        if spec.attempt and last_checkpoint(Path(spec.directory)):
             place.append(f"resume={text(spec.directory)}")
         arguments = [*self.arguments(spec.settings), *place]
         os.chdir(self.folder)
@@ -112,7 +114,7 @@ def load_script(path: str) -> Any:
 
 def _forward(command: list[str]) -> int:
     """Run a command, and pass on to it the request to stop."""
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, preexec_fn=partial(die_with_parent, os.getpid()))
     before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
     try:
         return process.wait()
@@ -169,6 +171,8 @@ class Job:
             return self.task.run(self.spec)
         trial = current()
         assert trial is not None
+        if "numpy" in sys.modules:  # forked from one process, all would draw the same
+            sys.modules["numpy"].random.seed()
         try:
             trial.judge(lambda: self.task(dict(self.spec.settings)))  # type: ignore[operator]
         except KeyboardInterrupt:

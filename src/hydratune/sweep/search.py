@@ -43,7 +43,8 @@ class SamplerFactory:
     """
 
     def __init__(self, name: str, options: Mapping[str, Any], seed: int):
-        self.name, self._options, self._seed = name, dict(options), seed
+        self.name, self._options = name, dict(options)
+        self._seed = int(self._options.pop("seed", None) or seed)  # each trial's sampler has one made from it
         self._kept: BaseSampler | None = None
 
     def make(self, n_trials: int) -> BaseSampler:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydratune.errors import UserError, Violation
+from hydratune.sweep.job import text
 
 Point = dict[str, Any]
 
@@ -25,7 +26,10 @@ class Choice:
 
     def __init__(self, *values: Any):
         given = values[0] if len(values) == 1 and isinstance(values[0], list | tuple) else values
-        object.__setattr__(self, "values", tuple(dict.fromkeys(given)))
+        if odd := [v for v in given if not (v is None or isinstance(v, bool | int | float | str))]:
+            fix = "give texts, numbers, true, false or none; several settings that move together are Paired"
+            raise UserError(Violation("space", odd[0], "is no value that can be chosen", fix))
+        object.__setattr__(self, "values", tuple({(type(v), v): v for v in given}.values()))
 
     def suggest(self, trial: Any, name: str) -> Any:
         return trial.suggest_categorical(name, list(self.values))
@@ -222,7 +226,7 @@ class Space:
 def _fit(dimension: Choice | Float | Int, value: Any) -> Any:
     """The value as this dimension has it; None when it is not in there."""
     if isinstance(dimension, Choice):
-        return next((v for v in dimension.values if v == value or _same(v, value)), None)
+        return next((v for v in dimension.values if v == value or _same(v, value) or v == text(value)), None)
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -85,6 +85,7 @@ def open_storage(storage: str, *, create: bool = True) -> BaseStorage:
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", message="Target and region quantiles")
     warnings.filterwarnings("ignore", message="PedAnovaImportanceEvaluator computes")
     warnings.filterwarnings("ignore", message="Constraints have been set")  # ours, and CMA-ES cannot use them
     if not is_url(storage):
@@ -152,7 +153,13 @@ def exclusive(storage: BaseStorage, where: str, study: str) -> Iterator[None]:
             else:
                 take, give = "select get_lock(:key, 600)", "select release_lock(:key)"
                 key = digest.hex()[:60]
-            connection.execute(sa.text(take), {"key": key})
+            if dialect != "postgresql" and connection.execute(sa.text(take), {"key": key}).scalar() != 1:
+                why = "another worker has held the study's lock for ten minutes"
+                raise UserError(
+                    Violation("sweep.storage", hide_password(where), why, "look for a worker that hangs")
+                )
+            if dialect == "postgresql":
+                connection.execute(sa.text(take), {"key": key})
             try:
                 yield
             finally:

@@ -28,6 +28,7 @@ from hydratune.sweep.space import Point, Space
 from hydratune.sweep.storage import exclusive, hide_password, open_storage
 
 RESULT = "result.json"
+_MARK = ".study"  # in a study's folder: whose it is
 _TELLS = {
     "complete": TrialState.COMPLETE,
     "pruned": TrialState.PRUNED,
@@ -98,6 +99,7 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     attempt: int = 0
+    study: str = ""  # whose trial it was, by its uid
 
     def write(self, directory: Path) -> None:
         """Whole or not at all."""
@@ -107,13 +109,13 @@ class Outcome:
         part.replace(directory / RESULT)
 
     @classmethod
-    def read(cls, directory: Path, attempt: int) -> Outcome | None:
-        """What this attempt wrote, if it came that far."""
+    def read(cls, directory: Path, attempt: int, study: str) -> Outcome | None:
+        """What this attempt of this study's wrote, if it came that far."""
         try:
             outcome = cls(**json.loads((directory / RESULT).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
-        return outcome if outcome.attempt == attempt else None
+        return outcome if (outcome.attempt, outcome.study) == (attempt, study) else None
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ class Study:
             if "uid" not in self.optuna.user_attrs:  # tells it from another study of this name, e.g. in W&B
                 self.optuna.set_user_attr("uid", uuid.uuid4().hex[:6])
             self.uid: str = self.optuna.user_attrs["uid"]
+            self._own_folder()
             self._enqueue()
         self.keep_alive(force=True)
 
@@ -193,9 +196,20 @@ class Study:
                     "sweep.name",
                     self.config.name,
                     "this study was begun with another search; " + "; ".join(changes),
-                    "give this search a name of its own (sweep.name=…), or run the study's own command",
+                    "give this search a folder of its own (output_dir=…), or run the study's own command",
                 )
             )
+
+    def _own_folder(self) -> None:
+        """Its trials' folders must not hold another study's checkpoints and results."""
+        mark = self.directory / _MARK
+        owner = mark.read_text(encoding="utf-8").strip() if mark.is_file() else self.uid
+        if owner != self.uid:
+            why = "this folder holds the trials of another study"
+            fix = "give output_dir=… a folder of its own, or remove this one"
+            raise UserError(Violation("output_dir", str(self.directory), why, fix))
+        self.directory.mkdir(parents=True, exist_ok=True)
+        mark.write_text(f"{self.uid}\n", encoding="utf-8")
 
     def _enqueue(self) -> None:
         """The points of a grid in order, or the known good ones; those that are there already are left."""
@@ -203,10 +217,10 @@ class Study:
             points = [*self.config.space.grid()]
         else:
             points = [self.config.space.parameters(p) for p in self.config.enqueue]
-        there = {t.user_attrs.get("point") for t in self.trials()}
-        for i, point in enumerate(points):
-            if i not in there:
-                self.optuna.enqueue_trial(point, user_attrs={"point": i})
+        there = [t.user_attrs.get("point") for t in self.trials()]
+        for point in points:
+            if point not in there:
+                self.optuna.enqueue_trial(point, user_attrs={"point": point})
 
     # -- handing out and taking back
 
@@ -228,7 +242,10 @@ class Study:
                 self.optuna.tell(trial, state=TrialState.FAIL)
                 if isinstance(error, UserError) or not isinstance(error, Exception):
                     raise
-                why = f"the function raised {type(error).__name__}: {error}"
+                why = f"raised {type(error).__name__}: {error}"
+                if self.config.space.function is None:
+                    fix = "choose another one: this cannot search this space or these objectives"
+                    raise UserError(Violation("sweep.sampler", self.config.sampler, why, fix)) from error
                 raise UserError(Violation("sweep.space_function", None, why, "mend the function")) from error
             trial.set_user_attr("settings", settings)
             return Ticket(trial._trial_id, trial.number, settings, attempt)
@@ -243,6 +260,8 @@ class Study:
             return True
 
     def _tell(self, trial: FrozenTrial, outcome: Outcome) -> None:
+        if outcome.state in ("interrupted", "crashed"):
+            self._attr(trial, "owner", "")  # whoever takes it up next may die before it can sign
         if outcome.state == "interrupted":
             self.storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
             return
@@ -299,7 +318,7 @@ class Study:
                 ):
                     continue
                 attempt = int(trial.user_attrs.get("attempt", 0))
-                outcome = Outcome.read(self.directory / str(trial.number), attempt)
+                outcome = Outcome.read(self.directory / str(trial.number), attempt, self.uid)
                 self._tell(trial, outcome or Outcome("interrupted"))
                 taken.append(trial.number)
             return taken

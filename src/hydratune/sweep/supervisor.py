@@ -88,7 +88,10 @@ class Supervisor:
             self.view.begin(plan, self.study.records(), self.study.config)
             wanted = self.study.config.n_trials
             if wanted is None or self.study.finished() < wanted:
-                self.executor.prepare()
+                self.executor.prepare(lambda: self.signals > 0)
+            self.started = (
+                time.monotonic()
+            )  # of the time limit, which the start of the warm process does not use up
             while True:
                 self.study.keep_alive()
                 if time.monotonic() - self.reaped > _REAP_EVERY:
@@ -161,7 +164,7 @@ class Supervisor:
     def _finish(self, number: int, how: str) -> None:
         ticket, slot = self.running.pop(number)
         self.free.append(slot)
-        outcome = Outcome.read(self.study.directory / str(number), ticket.attempt)
+        outcome = Outcome.read(self.study.directory / str(number), ticket.attempt, self.study.uid)
         if outcome is None:
             # a process that came to its own end without a result would do so again
             state = "interrupted" if self.signals else "crashed" if how else "failed"
@@ -200,7 +203,7 @@ class Supervisor:
             self.view.say(note)
 
         try:
-            before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+            before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         except ValueError:  # not the main thread: whoever runs it there handles signals
             yield
             return

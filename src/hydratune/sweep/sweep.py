@@ -19,7 +19,7 @@ from hydratune.sweep.export import Exporter
 from hydratune.sweep.job import Command, pack
 from hydratune.sweep.search import SamplerFactory, make_pruner
 from hydratune.sweep.space import Dimension, Space, as_space
-from hydratune.sweep.storage import can_be_shared, hide_password
+from hydratune.sweep.storage import can_be_shared, hide_password, is_url
 from hydratune.sweep.study import Study, StudyConfig
 from hydratune.sweep.supervisor import Result, Supervisor, near
 from hydratune.sweep.trial import Bound
@@ -60,7 +60,7 @@ class Sweep:
         self.sampler = self._sampler()
         self.config = StudyConfig(
             name=settings.name or self.directory.name,
-            storage=settings.storage or str(self.directory / "journal.log"),
+            storage=_absolute(settings.storage) or str(self.directory / "journal.log"),
             space=self.space,
             objectives=tuple(objectives),
             directions=_directions(objectives, settings.direction),
@@ -169,8 +169,12 @@ class Sweep:
             lines["storage"] = hide_password(config.storage)
         return lines
 
-    def run(self, view: View | None = None) -> Result:
+    def run(self, view: View | None = None, accepted: Callable[[], None] | None = None) -> Result:
         """Carry the search out, or go on with it.
+
+        Args:
+            view: what shows it; None: the terminal.
+            accepted: called when the study has turned out to be this search's.
 
         Raises:
             UserError: the study was begun with another search, or its storage does not open.
@@ -178,6 +182,8 @@ class Sweep:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         study = Study(self.config, self.directory)
+        if accepted is not None:
+            accepted()
         view = view or View()
         executor = make_executor(
             self.settings.executor,
@@ -249,6 +255,11 @@ def _name(task: Any, space: Space, objectives: Sequence[str]) -> str:
     return (
         f"{getattr(task, '__name__', 'study').strip('<>')}-{hashlib.sha256(facts.encode()).hexdigest()[:6]}"
     )
+
+
+def _absolute(storage: str | None) -> str | None:
+    """A journal's path as every process of the study can use it."""
+    return storage if storage is None or is_url(storage) else str(Path(storage).expanduser().absolute())
 
 
 def _known(name: str) -> str | None:

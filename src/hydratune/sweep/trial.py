@@ -187,7 +187,7 @@ class CurrentTrial:
                 traceback.print_exc()
             raise
         finally:
-            outcome.attempt = self.spec.attempt
+            outcome.attempt, outcome.study = self.spec.attempt, self.spec.uid
             outcome.seconds.setdefault("total", round(time.monotonic() - start, 3))
             if _is_main_process():
                 outcome.write(self.directory)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from hydratune.amounts import duration
 from hydratune.sweep.study import Outcome, Record, StudyConfig, Ticket
@@ -35,7 +36,7 @@ class View:
             self._live = None
 
     def say(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     def begin(self, plan: Mapping[str, str], trials: Sequence[Record], config: StudyConfig) -> None:
         self._config = config
@@ -109,8 +110,8 @@ class View:
             values = [f"{v:.5g}" for v in t.values or last] or [""]
             values += [""] * (len(self._config.objectives) - len(values))
             spent = t.seconds if t.seconds is not None else time.time() - (t.started or time.time())
-            state = f"[{_STYLES.get(t.state, 'red')}]{t.state}"
-            settings = [_short(t.settings.get(n, "")) for n in names]
+            state = Text(t.state, style=_STYLES.get(t.state, "red"))
+            settings = [Text(_short(t.settings.get(n, ""))) for n in names]
             table.add_row(
                 "★" if number in bests else "",
                 str(number),
@@ -118,7 +119,7 @@ class View:
                 *values,
                 *settings,
                 duration(spent),
-                t.reason,
+                Text(t.reason),
             )
         return table
 

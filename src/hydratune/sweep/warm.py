@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from hydratune import algos
-from hydratune.errors import UserError
+from hydratune.errors import UserError, Violation
 from hydratune.sweep.job import Command, load_script
 
 _IMPORTS = (
@@ -19,6 +19,10 @@ _IMPORTS = (
     "hydratune.interrupt", "hydratune.run", "hydratune.attention", "hydratune.data.pipeline", "hydratune.data.load", "hydratune.data.collate",
     "hydra._internal.logging_config",
 )  # fmt: skip
+
+
+def _of_the_data(violation: Violation) -> bool:
+    return violation.key.partition(".")[0] not in ("algo", "peft", "trainer", "lr", "batch_size")
 
 
 def import_all() -> None:
@@ -43,7 +47,12 @@ def warm(task: Any) -> None:
                 script.warm(list(arguments))
             except UserError as error:
                 refused.append(error)
-        if refused and len(refused) == len(task.warm_with):
-            raise refused[0]  # no trial could work, e.g. because of the data
+        # What is wrong with the data is wrong for every trial; what is wrong with a swept setting is not
+        if (
+            refused
+            and len(refused) == len(task.warm_with)
+            and all(_of_the_data(v) for v in refused[0].violations)
+        ):
+            raise refused[0]
     gc.collect()
     gc.freeze()  # a collection in a child looks at its own objects alone, and copies none of these pages
