@@ -93,7 +93,13 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
     directory = Path(config.output_dir or Path("outputs/sweeps") / search.name).expanduser().absolute()
     script = Path(sys.argv[0]).resolve()
     prefix = tuple(shlex.split(search.launch_prefix or ""))
-    command = Command(str(script), tuple(base), str(Path.cwd()), prefix, warm_with=_first(base, dimensions))
+    command = Command(
+        str(script),
+        tuple(base),
+        str(Path.cwd()),
+        prefix,
+        warm_with=() if prefix else _first(base, dimensions),
+    )
     sweep = Sweep(
         command, space, search, objectives=objectives, directory=directory, seed=settings.seed, base=lasting
     )
