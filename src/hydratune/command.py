@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 SWEEPS = CONF.parent / "sweeps"
 _PICKED_BY = {"model.name_or_path": "model=local", "data.path": "data=local", "data.name": "data=hub"}
+_SAFE = re.compile(r"[\w./:@%+,=-]*")  # needs no quotes
 _MOST_VALUES = 64  # of one swept key that are checked up front
 
 
@@ -64,8 +66,6 @@ def with_kept_search(overrides: list[str]) -> list[str]:
 
 def as_values(values: Any) -> str:
     """Values of a search's file in the grammar of the command line: a list stands for its items."""
-    from hydratune.sweep.job import text
-
     return ",".join(text(v) for v in values) if isinstance(values, list) else str(values)
 
 
@@ -281,3 +281,23 @@ def explain(error: Exception) -> tuple[str, str]:
             missing.rpartition("/")[2], options
         ) if options else "check the name and --config-dir"
     return " ".join(lines[:2]) or type(error).__name__, "see --help for groups, keys and examples"
+
+
+def text(value: Any) -> str:
+    """A value as Hydra's grammar reads it back; a text is one of the grammar's already, or quoted by us."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(text(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{k}:{text(v)}" for k, v in value.items()) + "}"
+    word = str(value)
+    if (_SAFE.fullmatch(word) and "," not in word and "=" not in word) or word[:1] in "'\"[{":
+        return word
+    # the grammar reads a backslash as one, but before a quote
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), word)
+    return f"'{escaped}'"

@@ -506,6 +506,7 @@ def test_a_trial_of_two_processes_is_pruned_in_both(tmp_path):
         "sweep.launch_prefix='sh -c \"echo no such launcher; exit 1\"'",
         "output_dir=other",
         cwd=tmp_path,
+        code=3,
     )
     trials = study(tmp_path / "other")["trials"]
     assert [(t["state"], t["attempts"]) for t in trials] == [("failed", 1)] * 2

@@ -347,15 +347,15 @@ def test_a_job_does_not_begin_when_it_should_not(tmp_path, monkeypatch):
 
 
 def test_a_trial_runs_once_at_a_time(tmp_path):
-    with alone(tmp_path, 0):
-        assert (ordered(tmp_path), word_for(tmp_path, 0)) == ((0, "run"), "run")
-        with pytest.raises(TimeoutError, match=f"process {os.getpid()} on"), alone(tmp_path, 1, patience=0.3):
-            pass
-        assert word_for(tmp_path, 0) == "leave"
-        order(tmp_path, 0, "stop")  # of a supervisor that lost the trial: in vain
-        assert ordered(tmp_path) == (1, "run")
-    with alone(tmp_path, 1):
-        pass
+    lock = alone(tmp_path, 0)
+    assert (ordered(tmp_path), word_for(tmp_path, 0)) == ((0, "run"), "run")
+    with pytest.raises(TimeoutError, match=f"process {os.getpid()} on"):
+        alone(tmp_path, 1, patience=0.3)
+    assert word_for(tmp_path, 0) == "leave"
+    order(tmp_path, 0, "stop")  # of a supervisor that lost the trial: in vain
+    assert ordered(tmp_path) == (1, "run")
+    os.close(lock)
+    os.close(alone(tmp_path, 1))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import optuna
 import pytest
 
 from hydratune.errors import UserError
-from hydratune.sweep.job import Command, text
+from hydratune.command import text
+from hydratune.sweep.job import Command
 from hydratune.sweep.space import Choice, Float, Int, Paired, Space, as_space
 
 SIZES = Paired({"peft.r": 8, "peft.lora_alpha": 16}, {"peft.r": 16, "peft.lora_alpha": 64})

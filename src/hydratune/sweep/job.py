@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import os
 import pickle
-import re
 import shlex
 import signal
 import subprocess
@@ -20,13 +19,13 @@ from typing import Any
 import cloudpickle
 
 from hydratune.checkpoints import last_checkpoint
+from hydratune.command import text
 from hydratune.errors import Interrupted, Pruned
 from hydratune.held import die_with_parent
 from hydratune.sweep.place import alone
 from hydratune.sweep.trial import VARIABLE, TrialSpec, current
 
 THREADS = "HYDRATUNE_THREADS"  # of torch by default, where a warm process has set them to one
-_SAFE = re.compile(r"[\w./:@%+,=-]*")
 
 
 @dataclass(frozen=True)
@@ -80,26 +79,6 @@ class Command:
         return load_script(self.script).main(arguments)
 
 
-def text(value: Any) -> str:
-    """A value as Hydra's grammar reads it back; a text is one of the grammar's already, or quoted by us."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(text(v) for v in value) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}:{text(v)}" for k, v in value.items()) + "}"
-    word = str(value)
-    if (_SAFE.fullmatch(word) and "," not in word and "=" not in word) or word[:1] in "'\"[{":
-        return word
-    # the grammar reads a backslash as one, but before a quote
-    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), word)
-    return f"'{escaped}'"
-
-
 def load_script(path: str) -> Any:
     """The module of a script, loaded once."""
     name = f"hydratune_entry_{Path(path).stem}"
@@ -142,24 +121,20 @@ class Job:
         return pack(self)
 
     def run(self) -> int:
-        """Run in this process; gives its exit code. The console goes to the trial's console.log.
+        """Run in this process, as the last that it does; gives its exit code. The console goes to console.log.
 
         An earlier attempt that a killed supervisor left on a cluster is waited for, in `place.alone`.
         """
         directory = Path(self.spec.directory)
         directory.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as held:
-            try:
-                held.enter_context(alone(directory, self.spec.attempt))
-            except TimeoutError as error:
-                from hydratune.sweep.study import Outcome
+        try:
+            alone(directory, self.spec.attempt)
+        except TimeoutError as error:
+            from hydratune.sweep.study import Outcome
 
-                Outcome("crashed", reason=str(error), attempt=self.spec.attempt).write(directory)
-                return 1
-            return self._run()
-
-    def _run(self) -> int:
-        (Path(self.spec.directory) / "result.json").unlink(missing_ok=True)
+            Outcome("crashed", reason=str(error), attempt=self.spec.attempt).write(directory)
+            return 1
+        (directory / "result.json").unlink(missing_ok=True)
         os.environ.update(self.env)
         os.environ[VARIABLE] = str(self.spec.write())
         self._console()

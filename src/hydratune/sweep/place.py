@@ -9,12 +9,10 @@ earlier one that the trial is no longer its own.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -69,9 +67,12 @@ def has_begun(directory: Path, attempt: int) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def alone(directory: Path, attempt: int, patience: float = PATIENCE) -> Iterator[None]:
-    """For as long as the block runs, no other process runs this trial; waits for one that does.
+def alone(directory: Path, attempt: int, patience: float = PATIENCE) -> int:
+    """From now on no other process runs this trial; waits for one that does.
+
+    Returns:
+        The lock's file descriptor. Left open, the lock is held until the process is gone, and with it the memory that
+        it had on a device.
 
     Raises:
         TimeoutError: another process still ran the trial after `patience` seconds.
@@ -81,17 +82,15 @@ def alone(directory: Path, attempt: int, patience: float = PATIENCE) -> Iterator
         order(directory, attempt, "run")  # a keeper of an earlier attempt ends it now
     path, until = directory / _LOCK, time.monotonic() + patience
     lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-    try:
-        while not _take(lock):
-            if time.monotonic() > until:
-                holder = path.read_text(encoding="utf-8").strip() or "another process"
-                raise TimeoutError(f"{holder} still runs this trial")
-            time.sleep(_POLL)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(lock)
+    while not _take(lock):
+        if time.monotonic() > until:
+            os.close(lock)
+            holder = path.read_text(encoding="utf-8").strip() or "another process"
+            raise TimeoutError(f"{holder} still runs this trial")
+        time.sleep(_POLL)
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return lock
 
 
 def _take(lock: int) -> bool:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hydratune.command import text
 from hydratune.errors import UserError, Violation
-from hydratune.sweep.job import text
 
 Point = dict[str, Any]
 
