@@ -5,8 +5,8 @@ from __future__ import annotations
 import optuna
 import pytest
 
-from hydratune.errors import UserError
 from hydratune.command import text
+from hydratune.errors import UserError
 from hydratune.sweep.job import Command
 from hydratune.sweep.space import Choice, Float, Int, Paired, Space, as_space
 
