@@ -11,16 +11,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "DPOConfig": "hydratune.algos.dpo",
+    "DPOTrainer": "hydratune.algos.dpo",
+    "KTOConfig": "hydratune.algos.kto",
+    "KTOTrainer": "hydratune.algos.kto",
+    "RewardConfig": "hydratune.algos.reward",
+    "RewardTrainer": "hydratune.algos.reward",
     "SFTConfig": "hydratune.algos.sft",
     "SFTTrainer": "hydratune.algos.sft",
     "ModelRecipe": "hydratune.models",
     "merge_adapter": "hydratune.adapters",
     "UserError": "hydratune.errors",
 }
-__all__ = ["ModelRecipe", "SFTConfig", "SFTTrainer", "UserError", "merge_adapter"]
+__all__ = [
+    "DPOConfig", "DPOTrainer", "KTOConfig", "KTOTrainer", "ModelRecipe", "RewardConfig", "RewardTrainer", "SFTConfig",
+    "SFTTrainer", "UserError", "merge_adapter",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from hydratune.adapters import merge_adapter
+    from hydratune.algos.dpo import DPOConfig, DPOTrainer
+    from hydratune.algos.kto import KTOConfig, KTOTrainer
+    from hydratune.algos.reward import RewardConfig, RewardTrainer
     from hydratune.algos.sft import SFTConfig, SFTTrainer
     from hydratune.errors import UserError
     from hydratune.models import ModelRecipe

@@ -11,9 +11,17 @@ import torch
 
 from hydratune.errors import UserError, Violation, nearest
 
+_TASKS = {
+    "causal_lm": "CAUSAL_LM",
+    "reward": "SEQ_CLS",
+}  # with SEQ_CLS peft trains and saves the score head too
 
-def peft_config(fields: dict[str, Any] | None) -> Any:
+
+def peft_config(fields: dict[str, Any] | None, task: str = "causal_lm") -> Any:
     """`{"type": "lora", "r": 8, …}` as the `peft.PeftConfig` of that type; None for no adapter.
+
+    Args:
+        task: `models.ModelRecipe.task`.
 
     Raises:
         UserError: a type that peft does not have, or fields that its config refuses.
@@ -28,7 +36,7 @@ def peft_config(fields: dict[str, Any] | None) -> Any:
     if kind.lower() not in classes:
         raise UserError(Violation("peft.type", kind, "peft has no such adapter", nearest(kind, classes)))
     try:
-        return classes[kind.lower()](**{"task_type": "CAUSAL_LM", **values})
+        return classes[kind.lower()](**{"task_type": _TASKS[task], **values})
     except (TypeError, ValueError) as error:
         raise UserError(
             Violation("peft", kind, f"{classes[kind.lower()].__name__} refuses these fields", str(error))
@@ -70,8 +78,11 @@ def wrap(model: Any, config: Any) -> Any:
         )
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = copy.deepcopy(config)
+    if hasattr(model, "score"):
+        config.task_type = _TASKS["reward"]  # else its head would be frozen, and not be saved
     try:
-        return get_peft_model(model, copy.deepcopy(config))
+        return get_peft_model(model, config)
     except ValueError as error:
         leaves = sorted(
             {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
@@ -113,17 +124,20 @@ def merge_adapter(source: str | Path, target: str | Path, *, dtype: torch.dtype 
         UserError: no adapter at `source`, its base is not to be had, or `target` is taken.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     adapter, target = find_adapter(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(Violation("target", str(target), "is already there", "name a new directory"))
-    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    base = saved["base_model_name_or_path"]
+    scores = saved.get("task_type") == _TASKS["reward"]
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     beside = adapter.parent / "base"
     if not Path(base or "").is_dir() and beside.is_dir():
         base = str(beside)  # the run directory was moved
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto")
+        model = auto.from_pretrained(base, dtype=dtype or "auto", **({"num_labels": 1} if scores else {}))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             Violation(

@@ -3,7 +3,8 @@
 A packed batch is one row of documents end to end, whose boundaries come with it as `cu_seq_lens_q` (see
 `data/collate.py`). "hydratune_varlen" attends within each document: on a CPU with one sdpa call a document, on CUDA with
 the FlashAttention-2 kernels inside torch (`torch.nn.attention.varlen`, torch ≥ 2.10). Padded batches and generation take
-transformers' sdpa path.
+transformers' sdpa path. A part of a batch may also attend to what stands elsewhere in it, in front of its own tokens:
+`key_index` then lists the keys of every part (see `data/collate_preference.py`).
 """
 
 from __future__ import annotations
@@ -54,16 +55,26 @@ def available(device: str) -> dict[str, bool]:
     }
 
 
-def choose(device: str, *, packed: bool, config: Any) -> str:
-    """The fastest exact backend for a model config on a device: what `attn_implementation: auto` means."""
+def fast_when_packed(name: str) -> bool:
+    """Whether it is also fast, because it takes boundaries instead of a dense mask."""
+    return name == NAME or "flash_attention" in name
+
+
+def choose(device: str, *, packed: bool, config: Any, shared: bool = False) -> str:
+    """The fastest exact backend for a model config on a device: what `attn_implementation: auto` means.
+
+    Args:
+        shared: batches share prompts (`key_index`), which only our own backend knows.
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "attn_logit_softcapping", None) is not None:
         return "eager"  # sdpa cannot cap logits
     if not packed:
         return "sdpa"
-    if available(device)["flash_attention_2"]:
+    ours = available(device)[NAME] and _full_attention(text)
+    if available(device)["flash_attention_2"] and not (shared and ours):
         return "flash_attention_2"
-    return NAME if available(device)[NAME] and _full_attention(text) else "sdpa"
+    return NAME if ours else "sdpa"
 
 
 def _full_attention(config: Any) -> bool:
@@ -125,27 +136,50 @@ def _attend(
     if boundaries is None and alone:
         boundaries = _boundaries(kwargs.get("position_ids"), query.shape[2])
     if boundaries is None or not alone:
+        assert kwargs.get("key_index") is None, "shared prompts need one row without padding"
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    # the keys of each part end with its own tokens, so that causal is aligned to the lower right
+    if (index := kwargs.get("key_index")) is not None:
+        key, value = key.index_select(2, index), value.index_select(2, index)
+    reach = boundaries if index is None else kwargs["cu_seq_lens_k"]
     if (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
         and not dropout
         and _varlen() is not None
     ):
-        return _torch_varlen(query, key, value, boundaries, kwargs.get("max_length_q"), scaling), None
-    lengths = boundaries.diff().tolist()
+        longest = kwargs.get("max_length_q"), kwargs.get("max_length_k")
+        return _torch_varlen(query, key, value, boundaries, reach, longest, scaling), None
+    lengths, reaches = boundaries.diff().tolist(), reach.diff().tolist()
     # split and not slices: the backward of a slice fills a tensor of the whole length, for every document
-    documents = zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True)
+    documents = zip(
+        query.split(lengths, dim=2), key.split(reaches, dim=2), value.split(reaches, dim=2), strict=True
+    )
     grouped = query.shape[1] != key.shape[1]
     parts = [
         F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+            q,
+            k,
+            v,
+            _after(q, k),
+            dropout_p=dropout,
+            is_causal=q.shape[2] == k.shape[2],
+            scale=scaling,
+            enable_gqa=grouped,
         )
         for q, k, v in documents
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _after(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """The mask of queries that are the last ones of the keys; None where they are all of them."""
+    own, every = query.shape[2], key.shape[2]
+    if own == every:
+        return None
+    return torch.ones(own, every, dtype=torch.bool, device=query.device).tril(every - own)
 
 
 def _boundaries(position_ids: torch.Tensor | None, length: int) -> torch.Tensor | None:
@@ -173,10 +207,16 @@ def _torch_varlen(
     key: torch.Tensor,
     value: torch.Tensor,
     boundaries: torch.Tensor,
-    longest: int | None,
+    reach: torch.Tensor,
+    longest: tuple[int | None, int | None],
     scaling: float | None,
 ) -> torch.Tensor:
-    """`varlen_attn` over [T, H, D]; its arguments changed between torch 2.10 and 2.13, so its signature is asked."""
+    """`varlen_attn` over [T, H, D]; its arguments changed between torch 2.10 and 2.13, so its signature is asked.
+
+    Args:
+        boundaries, reach: of the parts' queries and of their keys, int32 [parts + 1].
+        longest: the longest part in queries and in keys; None: found here, with a host sync.
+    """
     attend = _varlen()
     known = inspect.signature(attend).parameters
     query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -191,6 +231,7 @@ def _torch_varlen(
             options["enable_gqa"] = True
         else:
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
-    if longest is None:
-        longest = int(boundaries.diff().max())
-    return attend(query, key, value, boundaries, boundaries, longest, longest, **options)[None]
+    most = [
+        int(b.diff().max()) if n is None else n for b, n in zip((boundaries, reach), longest, strict=True)
+    ]
+    return attend(query, key, value, boundaries, reach, *most, **options)[None]

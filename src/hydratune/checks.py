@@ -14,10 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hydratune import checks_algo
 from hydratune.checkpoints import last_checkpoint
 from hydratune.errors import UserError, Violation, nearest
 from hydratune.functions import resolve
 from hydratune.objective import FACTS, named
+from hydratune.options import constant
 from hydratune.settings import RunSettings
 
 Problem = Violation | str  # a violation ends the run, a text is a warning
@@ -48,7 +50,7 @@ def collect(rules: list[Callable[..., Iterator[Problem]]], *facts: Any) -> Findi
 
 def check_settings(settings: RunSettings) -> Findings:
     """The rules on values alone."""
-    return collect(_SETTINGS_RULES, settings)
+    return collect([*_SETTINGS_RULES, *checks_algo.RULES.get(settings.algo, ())], settings)
 
 
 def evaluates(settings: RunSettings) -> bool:
@@ -332,9 +334,8 @@ def _learning_rate_is_sane(settings: RunSettings) -> Iterator[Problem]:
         yield f"lr={rate} is far above what AdamW takes; 1e-5 to 1e-3 is usual"
 
 
-_LOGGED = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+_LOGGED = ("loss", "num_tokens")  # by every algorithm; its module's METRICS are its own
 _LOGGED_IN_TRAINING = (
-    *_LOGGED,
     "grad_norm",
     "learning_rate",
     "tokens_per_second",
@@ -362,9 +363,11 @@ def _objective_is_logged(settings: RunSettings) -> Iterator[Problem]:
 
 def loggable(settings: RunSettings) -> list[str]:
     """Every metric that a run with these settings logs, and the facts of its summary."""
-    evaluation = [f"eval_{m}" for m in _LOGGED] if evaluates(settings) else []
-    verified = ["verified_accuracy"] if settings.data.source == "builtin" else []
-    return [*dict.fromkeys([*_LOGGED_IN_TRAINING, *evaluation, *verified, *FACTS])]
+    logged = [*_LOGGED, *(constant(f"hydratune.algos.{settings.algo}", "METRICS") or ())]
+    evaluation = [f"eval_{m}" for m in logged] if evaluates(settings) else []
+    generates = settings.data.source == "builtin" and settings.algo != "reward"
+    verified = ["verified_accuracy"] if generates else []
+    return [*dict.fromkeys([*logged, *_LOGGED_IN_TRAINING, *evaluation, *verified, *FACTS])]
 
 
 def _resume_goes_on_with_the_same(settings: RunSettings) -> Iterator[Problem]:

@@ -29,6 +29,11 @@ from hydratune.options import (
 )
 from hydratune.settings import DataSettings, ModelSettings, RunSettings, SweepSettings, TrackingSettings
 
+# In YAML: ${by_adapter:${peft.type},1e-6,1e-5}, the first value without an adapter and the second with one.
+OmegaConf.register_new_resolver(
+    "by_adapter", lambda kind, full, adapted: adapted if kind else full, replace=True
+)
+
 SECTIONS = ("model", "data", "peft", "algo", "trainer", "tracking", "sweep")
 SHORTCUTS = {
     "lr": Option("lr", "float | None", None, "learning rate", "train.yaml"),

@@ -54,6 +54,11 @@ def select(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, to
     return rows.index_select(0, positions), shifted.index_select(0, positions)
 
 
+def rows_at(states: torch.Tensor, length: int, positions: torch.Tensor) -> torch.Tensor:
+    """[R, S, …] → [N, …]: the states at positions in the last `length` of S, flattened over R."""
+    return states[:, -length:].flatten(0, 1).index_select(0, positions)
+
+
 def chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
     """How many rows are projected at a time: all when their fp32 logits fit the budget of the device."""
     if device.type == "cpu":
@@ -85,9 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss, entropy, correct = (torch.zeros((), dtype=exact, device=rows.device) for _ in range(3))
         for start in range(0, len(rows), chunk):
             part, wanted = rows[start : start + chunk], targets[start : start + chunk, None]
-            logits = F.linear(part, weight, bias).to(exact)
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
+            logits = project(part, weight, bias, softcap, exact)
             norm = logits.logsumexp(dim=-1, keepdim=True)
             logps = logits.gather(1, wanted) - norm
             loss += token_loss(logps, loss_type).sum()
@@ -151,19 +154,36 @@ def linear_cross_entropy(
         The summed loss, a scalar in fp32 (fp64 of fp64), differentiable once in rows, weight and bias; and `Stats`.
         Of no rows the loss is 0 and all gradients are zero.
     """
-    device = rows.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        rows, weight, bias = rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    elif rows.dtype != weight.dtype:
-        rows = rows.to(weight.dtype)
+    rows, weight, bias = in_one_dtype(rows, weight, bias)
     count = torch.tensor(len(rows), device=rows.device)
     chunk = chunk or chunk_rows(len(rows), len(weight), rows.device)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(rows.device.type, enabled=False):
         loss, entropy, correct = _LinearCrossEntropy.apply(
             rows, weight, bias, targets, softcap, loss_type, want_stats, torch.is_grad_enabled(), chunk
         )
     return loss, Stats(count, entropy, correct) if want_stats else Stats(count)
+
+
+def project(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    exact: torch.dtype,
+) -> torch.Tensor:
+    logits = F.linear(rows, weight, bias).to(exact)
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def in_one_dtype(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As autocast has it, else the weight's."""
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return rows.to(weight.dtype), weight, bias
 
 
 def cross_entropy(
@@ -180,7 +200,7 @@ def cross_entropy(
     return loss, stats
 
 
-def _base_of(model: nn.Module) -> Any:
+def base_of(model: nn.Module) -> Any:
     """The causal LM inside wrappers and adapters."""
     from accelerate.utils import extract_model_from_parallel
 
@@ -188,7 +208,55 @@ def _base_of(model: nn.Module) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-class FusedHead:
+class Replaced:
+    """While it is open, a module's forward is our own; `self._project` is the module's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._head: Any = module
+
+    def __enter__(self) -> Any:
+        self._own = self._head.__dict__.get("forward")  # a hook library may have put one there
+        self._project = self._head.forward
+        self._head.forward = self._forward
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._own is None:
+            del self._head.forward
+        else:
+            self._head.forward = self._own
+
+    def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Head(Replaced):
+    """The head of a causal LM, taking hidden states and giving what is made of some of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        base = base_of(model)
+        super().__init__(base.get_output_embeddings())
+        config = base.config.get_text_config()
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+
+    def _linear(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """The rows as the head's weight and bias shall see them, when the head is a plain linear layer."""
+        head = self._head
+        if type(head) is not nn.Linear or self._own is not None:
+            return None
+        if self._scale == 1.0:
+            return rows, head.weight, head.bias
+        return rows * self._scale, head.weight, None if head.bias is None else head.bias * self._scale
+
+    def _logits(self, rows: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = self._project(rows, *args, **kwargs) * self._scale
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+
+class FusedHead(Head):
     """`with FusedHead(model, labels) as head: model(**batch)`, then `head.loss_sum` and `head.stats`.
 
     While it is open the model's forward computes no logits: its head turns hidden states [B, S, H] into the summed loss,
@@ -207,42 +275,19 @@ class FusedHead:
     def __init__(
         self, model: nn.Module, labels: torch.Tensor, loss_type: str = "nll", want_stats: bool = False
     ) -> None:
-        base = _base_of(model)
-        self._head = base.get_output_embeddings()
-        config = base.config.get_text_config()
-        self._softcap = getattr(config, "final_logit_softcapping", None)
-        self._scale = (getattr(config, "logit_scale", None) or 1.0) / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        super().__init__(model)
         self._labels, self._loss_type, self._want_stats = labels, loss_type, want_stats
-
-    def __enter__(self) -> FusedHead:
-        self._own = self._head.__dict__.get("forward")  # a hook library may have put one there
-        self._project = self._head.forward
-        self._head.forward = self._forward
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._own is None:
-            del self._head.forward
-        else:
-            self._head.forward = self._own
 
     def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows, targets = select(hidden, self._labels)
-        head = self._head
-        if type(head) is nn.Linear and self._own is None:
-            bias = head.bias
-            if self._scale != 1.0:
-                rows, bias = rows * self._scale, None if bias is None else bias * self._scale
+        if plain := self._linear(rows):
+            rows, weight, bias = plain
             self.loss_sum, self.stats = linear_cross_entropy(
-                rows, head.weight, targets, bias,
+                rows, weight, targets, bias,
                 softcap=self._softcap, loss_type=self._loss_type, want_stats=self._want_stats,
             )  # fmt: skip
         else:
-            logits = self._project(rows, *args, **kwargs) * self._scale
-            if self._softcap is not None:
-                logits = torch.tanh(logits / self._softcap) * self._softcap
+            logits = self._logits(rows, *args, **kwargs)
             self.loss_sum, self.stats = cross_entropy(logits, targets, self._loss_type, self._want_stats)
         return self.loss_sum.reshape(1, 1, 1)
 
@@ -261,7 +306,7 @@ def is_exact(model: nn.Module) -> bool:
     Returns:
         Also false for a model that cannot be run on token ids alone.
     """
-    head = _base_of(model).get_output_embeddings()
+    head = base_of(model).get_output_embeddings()
     device = next(model.parameters()).device
     ids = torch.arange(1, 1 + _PROBE, device=device)[None] % max(2, len(head.weight))
     training, gain = model.training, 1.0

@@ -45,11 +45,13 @@ class Load:
     optimizer: str
     device: str
     quantization: str | None = None
+    sequences: int = 1  # that a row has in the forward pass with gradients
+    reference: bool = False  # a frozen copy of all weights beside the trained ones
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Peak memory by part, in bytes."""
+    """Peak memory by part, in bytes; weights with those of a reference."""
 
     weights: int
     gradients: int
@@ -82,11 +84,19 @@ def size(number: float) -> str:
 
 
 def load_of(
-    model: Any, args: Any, *, width: int, length: int, device: str, quantization: str | None = None
+    model: Any,
+    args: Any,
+    *,
+    width: int,
+    length: int,
+    device: str,
+    quantization: str | None = None,
+    sequences: int = 1,
+    reference: bool = False,
 ) -> Load:
     """The load of a model (its outline will do, wrapped in its adapter) under training arguments.
 
-    Args:
+    Args: see `Load`, and
         width: bytes of a weight of the base.
         length: tokens of the longest row or block.
     """
@@ -94,7 +104,7 @@ def load_of(
     trained = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     parameters = sum(p.numel() for p in model.parameters())
-    heads = config.num_attention_heads
+    heads, head = config.num_attention_heads, model.get_output_embeddings()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Load(
         parameters=parameters,
@@ -105,8 +115,8 @@ def load_of(
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         kv=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
         layers=config.num_hidden_layers,
-        vocabulary=config.vocab_size,
-        head_trained=model.get_output_embeddings().weight.requires_grad,
+        vocabulary=config.vocab_size if head is not None else 0,
+        head_trained=head is not None and head.weight.requires_grad,
         batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         length=length,
@@ -115,6 +125,8 @@ def load_of(
         optimizer=str(getattr(args.optim, "value", args.optim)),
         device=device,
         quantization=quantization,
+        sequences=sequences,
+        reference=reference,
     )
 
 
@@ -123,7 +135,9 @@ def estimate(load: Load) -> MemoryEstimate:
     base_width = {"4bit": 0.55, "8bit": 1.05}.get(load.quantization or "", load.width)  # scales included
     frozen = load.parameters - load.trained
     weights = frozen * base_width + load.trained * load.trained_width
-    tokens = load.batch * load.length
+    if load.reference:
+        weights += load.parameters * load.width
+    tokens = load.batch * load.sequences * load.length
     low = load.autocast or load.width == 2
     product = 2 if low else 4
     layer = product * (4 * load.intermediate + 2 * load.kv) + (26 if low else 32) * load.hidden
@@ -132,7 +146,8 @@ def estimate(load: Load) -> MemoryEstimate:
     casts = 2 * load.parameters if load.autocast and load.width == 4 else 0
     import torch
 
-    rows = chunk_rows(tokens, load.vocabulary, torch.device("cuda" if load.device == "cuda" else "cpu"))
+    device = torch.device("cuda" if load.device == "cuda" else "cpu")
+    rows = chunk_rows(tokens, load.vocabulary, device) if load.vocabulary else 0
     head = 2 * 4 * rows * load.vocabulary + 2 * tokens * load.hidden * product
     head += 4 * load.vocabulary * load.hidden if load.head_trained else 0
     states = _ADAM_STATES.get(load.optimizer, 2 * load.trained_width)
@@ -156,9 +171,13 @@ def smallest_changes(load: Load, available: int) -> list[Change]:
         smaller = replace(load, batch=batch, accumulation=load.accumulation * load.batch // batch)
         tries.append((f"batch_size={batch} accumulation={smaller.accumulation}", smaller))
     full = load.trained == load.parameters
+    if load.reference:
+        tries.append(("algo.precompute_ref_log_probs=true", replace(load, reference=False)))
     if full and load.device == "cuda":
         tries.append(("trainer.optim=adamw_bnb_8bit", replace(load, optimizer="adamw_bnb_8bit")))
-    adapter = replace(load, trained=load.parameters // 100, trained_width=4, head_trained=False)
+    adapter = replace(
+        load, trained=load.parameters // 100, trained_width=4, head_trained=False, reference=False
+    )
     if full:
         tries.append(("peft=lora", adapter))
         least = replace(adapter, batch=1, accumulation=load.batch * load.accumulation, checkpointing=True)

@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from hydratune import adapters, held
 from hydratune.errors import UserError, Violation
 
+# The head of a model by what it is for: a reward model gives one score a sequence.
+_CLASSES = {"causal_lm": AutoModelForCausalLM, "reward": AutoModelForSequenceClassification}
 _CHATML = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
@@ -48,6 +56,7 @@ class ModelRecipe:
         dtype: torch dtype of the weights; None leaves it to `init_kwargs`, else fp32.
         attn_implementation: name known to transformers; None leaves it to `init_kwargs`.
         seed: of random weights and of the adapter's initialisation.
+        task: "causal_lm", or "reward" for one score a sequence; a head that the weights lack is drawn from `seed`.
     """
 
     name_or_path: str | None = None
@@ -59,24 +68,32 @@ class ModelRecipe:
     attn_implementation: str | None = None
     seed: int = 42
     trust_remote_code: bool = False
+    task: str = "causal_lm"
 
     def config(self) -> Any:
         """The transformers config, read without any weights."""
         if self.architecture is not None:
-            fields = copy.deepcopy(self.architecture)
+            fields = copy.deepcopy(self.architecture) | self._labels
             return AutoConfig.for_model(fields.pop("model_type"), **fields)
         passed = {
             k: v for k, v in self.init_kwargs.items() if k in {"revision", "token", "subfolder", "cache_dir"}
         }
         try:
             return AutoConfig.from_pretrained(
-                self.name_or_path, trust_remote_code=self.trust_remote_code, **copy.deepcopy(passed)
+                self.name_or_path,
+                trust_remote_code=self.trust_remote_code,
+                **self._labels,
+                **copy.deepcopy(passed),
             )
         except (OSError, ValueError) as error:
             raise _unreadable("model.name_or_path", str(self.name_or_path), "model", error) from error
 
+    @property
+    def _labels(self) -> dict[str, int]:
+        return {"num_labels": 1} if self.task == "reward" else {}
+
     def _kwargs(self) -> dict[str, Any]:
-        kwargs = copy.deepcopy(self.init_kwargs)
+        kwargs = copy.deepcopy(self.init_kwargs) | self._labels
         if not kwargs.keys() & {"dtype", "torch_dtype"}:
             kwargs["dtype"] = self.dtype or torch.float32
         if self.attn_implementation is not None:
@@ -108,7 +125,7 @@ class ModelRecipe:
 
     def _key(self) -> str:
         seed = self.seed if self.architecture is not None else None
-        return held.key_of("base", self.name_or_path, self.architecture, self._kwargs(), seed)
+        return held.key_of("base", self.task, self.name_or_path, self.architecture, self._kwargs(), seed)
 
     def _base(self) -> Any:
         """A new model without its adapter."""
@@ -116,24 +133,30 @@ class ModelRecipe:
             torch.manual_seed(self.seed)
             if self.architecture is not None:
                 kwargs = self._kwargs()
-                return AutoModelForCausalLM.from_config(
+                return _CLASSES[self.task].from_config(
                     self.config(),
                     dtype=kwargs["dtype"],
                     attn_implementation=kwargs.get("attn_implementation"),
                 )
             try:
-                return AutoModelForCausalLM.from_pretrained(self.name_or_path, **self._kwargs())
+                return _CLASSES[self.task].from_pretrained(self.name_or_path, **self._kwargs())
             except (OSError, ValueError) as error:
                 raise _unreadable("model.name_or_path", str(self.name_or_path), "model", error) from error
 
     def outline(self) -> Any:
         """The model without memory (meta device): names, shapes and counts for the checks."""
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config(), trust_remote_code=self.trust_remote_code)
+            return _CLASSES[self.task].from_config(self.config(), trust_remote_code=self.trust_remote_code)
 
 
 def recipe_from(
-    settings: Any, peft_config: Any, *, vocab_size: int, dtype: torch.dtype, attention: str | None
+    settings: Any,
+    peft_config: Any,
+    *,
+    vocab_size: int,
+    dtype: torch.dtype,
+    attention: str | None,
+    task: str = "causal_lm",
 ) -> ModelRecipe:
     """The recipe of a run's `RunSettings`; a random-weight model gets an embedding row for every token."""
     model = settings.model
@@ -151,6 +174,7 @@ def recipe_from(
         attn_implementation=attention,
         seed=settings.seed,
         trust_remote_code=model.trust_remote_code,
+        task=task,
     )
 
 

@@ -202,6 +202,13 @@ def options_of(target: str) -> dict[str, Option]:
     return options
 
 
+def constant(module: str, name: str) -> Any:
+    """The value of a literal that a module assigns at its top; None when there is none."""
+    tree = ast.parse(_path(module).read_text(encoding="utf-8"))
+    found = (n.value for n in tree.body if isinstance(n, ast.Assign) and _last_name(n.targets[0]) == name)
+    return _literal(next(found, None))
+
+
 def config_class(module: str, base: str | None = None) -> str | None:
     """The `module:Class` of the config class in a module: its name ends in Config and it derives from `base`."""
     if not _path(module).is_file():

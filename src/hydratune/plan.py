@@ -13,6 +13,7 @@ from rich.text import Text
 from hydratune import memory
 from hydratune.amounts import amount
 from hydratune.data.tokenize import render_example
+from hydratune.data.tokenize_preference import render_preference
 from hydratune.settings import RunSettings
 
 _MOST_CHARACTERS = 1200
@@ -53,6 +54,7 @@ def make(
     tokenizer: Any,
     outline: Any,
     recipe: Any,
+    trainer_class: Any,
     train: Any,
     reports: dict[str, Any],
     device: Any,
@@ -62,7 +64,8 @@ def make(
 
     Args:
         outline: the model on the meta device; it is given the recipe's adapter here.
-        train: the tokenised (and packed) training rows, or a stream of them.
+        trainer_class: of the algorithm.
+        train: the prepared training rows, or a stream of them.
         reports: split → `DataReport`.
         device: `checks.DeviceFacts`.
     """
@@ -84,7 +87,8 @@ def make(
     length = args.max_length if report.blocks or not report.longest else report.longest
     load = memory.load_of(
         outline, args, width=recipe.dtype.itemsize, length=length or 1024, device=device.kind,
-        quantization=settings.model.quantization,
+        quantization=settings.model.quantization, sequences=trainer_class.sequences_per_row,
+        reference=trainer_class.reference_kind(args, recipe.peft_config is not None) == "a frozen copy",
     )  # fmt: skip
     checkpointing = (
         args.auto_checkpointing
@@ -105,6 +109,8 @@ def make(
         + (", bf16 autocast" if args.bf16 else ", fp16 autocast" if args.fp16 else ""),
         "attention": recipe.attn_implementation,
     }
+    if (kind := trainer_class.reference_kind(args, recipe.peft_config is not None)) is not None:
+        facts["reference"] = kind
     for split, made_of in reports.items():
         facts[f"{split} rows"] = "\n".join(made_of.lines()) if made_of.rows else "a stream"
     facts["steps"] = (
@@ -117,7 +123,9 @@ def make(
     )
     return Plan(
         facts=facts,
-        example=render_example(next(iter(train)), tokenizer),
+        example=(render_example if trainer_class.goal == "tokens" else render_preference)(
+            next(iter(train)), tokenizer
+        ),
         steps=steps,
         tokens_per_epoch=report.tokens or None,
         parameters=load.parameters,
@@ -125,7 +133,7 @@ def make(
         estimate=made,
         available=device.total_bytes,
         changes=[] if fits else memory.smallest_changes(load, device.total_bytes),
-        warnings=warnings,
+        warnings=[*warnings, *report.warnings],
         needs_checkpointing=checkpointing,
     )
 

@@ -79,8 +79,9 @@ def run(settings: RunSettings) -> float | list[float] | None:
 def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings) -> Job:
     """Everything up to the weights: device, arguments, tokenizer, data, recipe and plan, checked together."""
     with clock.phase("imports"):
-        from hydratune import adapters, attention, plan
+        from hydratune import adapters, algos, attention, plan
         from hydratune.models import load_tokenizer, recipe_from, weights_dtype
+        from hydratune.packing import packs
 
         attention.register()
         quiet_libraries()
@@ -89,7 +90,8 @@ def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings)
     findings.raise_if_any()
     model = settings.model
     with clock.phase("data"):
-        args = _arguments(settings, device)
+        config_class, trainer_class = algos.classes(settings.algo)
+        args = _arguments(settings, config_class, device)
         args.dataset_num_proc = args.dataset_num_proc or settings.data.num_proc
         named: dict[str, Any] = {
             "name": model.tokenizer or str(model.name_or_path),
@@ -101,35 +103,33 @@ def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings)
         keys = {"tokenizer": held.key_of("tokenizer", named), "data": _data_key(settings, args, named)}
         tokenizer = held.take(keys["tokenizer"], lambda: load_tokenizer(**named))
         findings = findings.merge(checks_model.check_tokenizer(tokenizer, settings))
-        peft_config = adapters.peft_config(settings.peft)
+        peft_config = adapters.peft_config(settings.peft, trainer_class.task)
         dtype = weights_dtype(
             model.dtype, frozen_base=peft_config is not None, bf16=device.kind == "cuda" and device.bf16
         )
-        recipe = recipe_from(settings, peft_config, vocab_size=len(tokenizer), dtype=dtype, attention=None)
+        size, task = len(tokenizer), trainer_class.task
+        recipe = recipe_from(settings, peft_config, vocab_size=size, dtype=dtype, attention=None, task=task)
         outline = recipe.outline()
         findings = findings.merge(checks_model.check_model(outline, settings.peft, tokenizer, settings))
         findings.raise_if_any()
-        packed = bool(getattr(args, "packing", False) or getattr(args, "padding_free", False))
         chosen = model.attn_implementation
         if chosen == "auto":
-            chosen = attention.choose(device.kind, packed=packed, config=outline.config)
-        recipe = recipe_from(settings, peft_config, vocab_size=len(tokenizer), dtype=dtype, attention=chosen)
-        ready = held.take(keys["data"], lambda: _data(settings, args, tokenizer))
+            shared = trainer_class.goal != "tokens"
+            chosen = attention.choose(device.kind, packed=packs(args), config=outline.config, shared=shared)
+        recipe = recipe_from(settings, peft_config, vocab_size=size, dtype=dtype, attention=chosen, task=task)
+        ready = held.take(keys["data"], lambda: _data(settings, trainer_class, args, tokenizer))
         train, evaluation, eval_rows, reports = ready
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     made = plan.make(
-        settings, args=args, tokenizer=tokenizer, outline=outline, recipe=recipe, train=train, reports=reports,
-        device=device, warnings=findings.warnings,
+        settings, args=args, tokenizer=tokenizer, outline=outline, recipe=recipe, trainer_class=trainer_class,
+        train=train, reports=reports, device=device, warnings=findings.warnings,
     )  # fmt: skip
     if args.auto_checkpointing:
         args.use_checkpointing(made.needs_checkpointing)
     return Job(args, tokenizer, train, evaluation, eval_rows, recipe, made, reports, keys)
 
 
-def _arguments(settings: RunSettings, device: checks_model.DeviceFacts) -> Any:
-    from hydratune import algos
-
-    config_class, _ = algos.classes(settings.algo)
+def _arguments(settings: RunSettings, config_class: Any, device: checks_model.DeviceFacts) -> Any:
     options = dict(settings.algo_options)
     for kind in ("bf16", "fp16"):
         if options.get(kind) and not getattr(device, kind):
@@ -157,26 +157,24 @@ def _arguments(settings: RunSettings, device: checks_model.DeviceFacts) -> Any:
 
 
 def _data(
-    settings: RunSettings, args: Any, tokenizer: Any
+    settings: RunSettings, trainer_class: Any, args: Any, tokenizer: Any
 ) -> tuple[Any, Any, list[dict[str, Any]], dict[str, Any]]:
-    """Load, format, tokenise and pack both data sets; also a few formatted evaluation rows for samples."""
+    """Load, format and prepare both data sets; also a few formatted evaluation rows for samples."""
     from hydratune.data.format import format_rows
     from hydratune.data.load import load
-    from hydratune.data.pipeline import prepare as tokenise
 
-    data = settings.data
+    data, goal = settings.data, trainer_class.goal
     seed = settings.seed if data.seed is None else data.seed
-    train_rows, eval_rows = load(data, seed)
+    train_rows, eval_rows = load(data, seed, goal)
     reports: dict[str, Any] = {}
     ready: dict[str, Any] = {"train": None, "eval": None}
     formatted: dict[str, Any] = {}
     for name, rows in (("train", train_rows), ("eval", eval_rows)):
         if rows is None:
             continue
-        formatted[name] = format_rows(rows, data, where=name)
-        packing = args.packing if name == "train" or args.eval_packing is None else args.eval_packing
-        ready[name], reports[name] = tokenise(
-            formatted[name], tokenizer, args, packing=packing, where=name, cache=data.cache
+        formatted[name] = format_rows(rows, data, where=name, goal=goal)
+        ready[name], reports[name] = trainer_class.prepare_rows(
+            formatted[name], tokenizer, args, where=name, training=name == "train", cache=data.cache
         )
     if data.source == "builtin":  # its rows carry their answer, so that completions can be verified
         source, wanted = eval_rows, _VERIFIED_ROWS
@@ -192,9 +190,9 @@ def _data(
 
 def _data_key(settings: RunSettings, args: Any, tokenizer: dict[str, Any]) -> str:
     """Everything that decides what `_data` gives."""
-    from hydratune.algos.base import BaseConfig
+    from transformers import TrainingArguments
 
-    shared = {f.name for f in fields(BaseConfig)}
+    shared = {f.name for f in fields(TrainingArguments)}
     own = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in shared}
     rest = (settings.seed, args.seed, settings.algo, settings.tracking.samples)
     return held.key_of("data", vars(settings.data), own, tokenizer, rest)
@@ -333,11 +331,7 @@ def _save_base(out: Path, job: Job) -> str | None:
 def _samples(settings: RunSettings, job: Job, trainer: Any, tracker: RunTracker) -> None:
     if not job.eval_rows or not _is_main_process():
         return
-    from hydratune.samples import complete
-
-    rows = complete(
-        trainer.model, job.tokenizer, job.eval_rows, max_new_tokens=settings.tracking.sample_tokens
-    )
+    rows = trainer.samples(job.eval_rows, max_new_tokens=settings.tracking.sample_tokens)
     verified = [row["correct"] for row in rows if "correct" in row]
     if verified:
         trainer.log({"verified_accuracy": sum(verified) / len(verified)})

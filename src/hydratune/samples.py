@@ -15,7 +15,7 @@ def split_prompt(row: dict[str, Any]) -> tuple[Any, str] | None:
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
         return (messages[:last], messages[last]["content"]) if last else None
     if "prompt" in row:
-        completion = row["completion"]
+        completion: Any = row.get("completion", row.get("chosen"))
         return row["prompt"], completion if isinstance(completion, str) else completion[0]["content"]
     return None
 

@@ -62,9 +62,9 @@ class DataSettings:
     eval_fraction: float = option(
         0.05, "Share of the training rows held out when there is no evaluation data; 0 for none."
     )
-    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized"] = (
-        option("auto", "The shape of a row; auto finds it from the columns.")
-    )
+    format: Literal[
+        "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokenized", "preference", "unpaired"
+    ] = option("auto", "The shape of a row; auto finds it from the columns.")  # fmt: skip
     columns: dict[str, str] = option(
         factory=dict, help="Our column name: the file's, e.g. {messages: dialog}."
     )

@@ -172,7 +172,7 @@ def test_torchs_varlen_kernel_is_called_as_its_version_wants(kernel, monkeypatch
     generator = torch.Generator().manual_seed(3)
     query, key, value = (torch.randn(1, h, sum(LENGTHS), 8, generator=generator) for h in (4, 2, 2))
     boundaries = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
-    ours = attention._torch_varlen(query, key, value, boundaries, None, 0.5)
+    ours = attention._torch_varlen(query, key, value, boundaries, boundaries, (None, None), 0.5)
     wanted, _ = attention._attend(
         SimpleNamespace(), query, key, value, None, scaling=0.5, cu_seq_lens_q=boundaries
     )

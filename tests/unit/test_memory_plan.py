@@ -12,7 +12,7 @@ from rich.console import Console
 
 from hydratune import memory, plan
 from hydratune.adapters import peft_config
-from hydratune.algos.sft import SFTConfig
+from hydratune.algos.sft import SFTConfig, SFTTrainer
 from hydratune.data.builtin import arithmetic
 from hydratune.data.pipeline import prepare
 from hydratune.fused_head import FusedHead
@@ -137,6 +137,7 @@ def plan_of(rows, tmp_path, device_bytes=2**34, **options):
                          peft_config=peft_config({"type": "lora", "r": 4}))  # fmt: skip
     device = SimpleNamespace(kind="cpu", name="the CPU", total_bytes=device_bytes, world_size=1)
     return plan.make(settings(), args=args, tokenizer=tokenizer, outline=recipe.outline(), recipe=recipe, train=train,
+                     trainer_class=SFTTrainer,
                      reports={"train": report}, device=device, warnings=["mind the gap"])  # fmt: skip
 
 

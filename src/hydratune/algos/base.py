@@ -8,24 +8,31 @@ checkpoint; and a loss that is not finite ends the run with advice.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from datasets import IterableDataset
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from hydratune import adapters, attention
 from hydratune.checkpoints import COUNTERS
 from hydratune.errors import TrainingFailed, UserError, Violation
+from hydratune.fused_head import is_exact
+from hydratune.meter import Meter, gpu_metrics
 from hydratune.models import ModelRecipe, load_tokenizer, settle_tokenizer
+from hydratune.packing import packs
 from hydratune.settings import option
+
+log = logging.getLogger("hydratune")
 
 
 @dataclass
@@ -44,6 +51,19 @@ class BaseConfig(transformers.TrainingArguments):
     trust_remote_code: bool = option(False, "Run code that a model's repository brings.")
     chat_template_path: str | None = option(
         None, "A .jinja file, or a tokenizer's directory or id, whose chat template is used."
+    )
+    dataset_kwargs: dict[str, Any] | None = option(
+        None, "{skip_prepare_dataset: true} takes the rows as already prepared."
+    )
+    dataset_num_proc: int | None = option(None, "Processes that tokenise.")
+    eos_token: str | None = option(None, "Token that ends a text or completion; null: the tokenizer's.")
+    pad_token: str | None = option(None, "Token used to pad; null: the tokenizer's, else its EOS.")
+    pad_to_multiple_of: int | None = option(None, "Round the length of a batch up to this.")
+    activation_offloading: bool = option(
+        False, "Keep activations in host memory between forward and backward."
+    )
+    router_aux_loss_coef: float | None = option(
+        None, "Weight of a mixture-of-experts' balance loss; null: the model's."
     )
 
     def __post_init__(self) -> None:
@@ -72,32 +92,6 @@ class BaseConfig(transformers.TrainingArguments):
         self.auto_checkpointing = False
 
 
-class Meter:
-    """Weighted sums by name, on the device until `take` divides and fetches them all at once."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, torch.Tensor] = {}
-
-    def add(self, name: str, total: torch.Tensor, weight: torch.Tensor) -> None:
-        pair = torch.stack((total.detach().double(), weight.detach().double()))
-        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
-
-    def take(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, tuple[float, float]]:
-        """(sum, weight) by name over all processes; empties the meter."""
-        if not self._sums:
-            return {}
-        names = sorted(self._sums)
-        pairs = reduce(torch.stack([self._sums[name] for name in names])).tolist()
-        self._sums.clear()
-        return dict(zip(names, map(tuple, pairs), strict=True))
-
-    def state(self) -> dict[str, list[float]]:
-        return {name: pair.tolist() for name, pair in self._sums.items()}
-
-    def load(self, state: dict[str, list[float]], device: torch.device) -> None:
-        self._sums = {k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in state.items()}
-
-
 class BaseTrainer(transformers.Trainer):
     """`transformers.Trainer` with a model recipe, device-side metrics and counters that survive a resume.
 
@@ -114,6 +108,10 @@ class BaseTrainer(transformers.Trainer):
     """
 
     config_class: type[BaseConfig] = BaseConfig
+    task: str = "causal_lm"  # the head of the model: `models.ModelRecipe.task`
+    goal: str = "tokens"  # what its rows are: `data.format.format_rows`
+    columns: tuple[str, ...] = ()  # of prepared rows, as the collator takes them
+    sequences_per_row: int = 1  # that a row has in the forward pass with gradients
 
     def __init__(
         self,
@@ -130,8 +128,10 @@ class BaseTrainer(transformers.Trainer):
         tokenizer: Any = None,
         config: Any = None,
         model_init: Callable[[], Any] | None = None,
+        formatting_func: Callable[[dict[str, Any]], Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self._formatting_func = formatting_func
         args = self._arguments(_one("args", args, "config", config), model)
         processing_class = _one("processing_class", processing_class, "tokenizer", tokenizer)
         self.recipe = recipe
@@ -145,6 +145,7 @@ class BaseTrainer(transformers.Trainer):
                 attn_implementation=self._attention(args, model),
                 seed=args.seed,
                 trust_remote_code=args.trust_remote_code,
+                task=self.task,
             )
         elif quantization_config is not None or (args.model_init_kwargs and recipe is None):
             raise UserError(
@@ -161,10 +162,9 @@ class BaseTrainer(transformers.Trainer):
         settle_tokenizer(
             processing_class,
             chat_template_path=args.chat_template_path,
-            eos_token=getattr(args, "eos_token", None),
-            pad_token=getattr(args, "pad_token", None),
+            eos_token=args.eos_token,
+            pad_token=args.pad_token,
         )
-        data_collator = data_collator or self.collator(args, processing_class)
         train_dataset, eval_dataset = self.prepare_data(args, processing_class, train_dataset, eval_dataset)
         if isinstance(model, str) or model is None:
             model = self.fresh_model()
@@ -173,12 +173,14 @@ class BaseTrainer(transformers.Trainer):
                 torch.manual_seed(args.seed)
                 model = adapters.wrap(model, peft_config)
         self.check_model(args, model)
+        data_collator = data_collator or self.collator(args, processing_class, model)
         if args.auto_checkpointing:
             args.use_checkpointing(self._memory_needs_checkpointing(model, args))
         self.meters = {"train": Meter(), "eval": Meter()}
         self.num_tokens = 0
         self._window_start: float | None = None
         self._idle = 0.0
+        self._head_is_fused: bool | None = None  # until a forward pass has shown whether it may be
         super().__init__(
             model=model,
             args=args,
@@ -191,15 +193,64 @@ class BaseTrainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = (
             True  # so that transformers counts the labels of the accumulated batch
         )
+        if self.args.router_aux_loss_coef is None:
+            self.args.router_aux_loss_coef = getattr(self.model.config, "router_aux_loss_coef", None)
+        self.balances_experts = bool(self.args.router_aux_loss_coef) and hasattr(
+            self.model.config, "output_router_logits"
+        )
 
     # -- what an algorithm adds: its batches ------------------------------------------------------------------------
 
-    def collator(self, args: Any, tokenizer: Any) -> Any:
+    def collator(self, args: Any, tokenizer: Any, model: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no collator")
+
+    @classmethod
+    def prepare_rows(
+        cls, rows: Any, tokenizer: Any, args: Any, *, where: str, training: bool = True, **how: Any
+    ) -> tuple[Any, Any]:
+        """Rows as the collator takes them, and what became of them (`DataReport`).
+
+        Args:
+            rows: raw or canonical.
+            where: name of the rows in messages.
+            training: whether they are trained on; else they are evaluated.
+            how: settings, formatting_func, cache: see `data.pipeline`.
+        """
+        raise NotImplementedError(f"{cls.__name__} prepares no data")
 
     def prepare_data(self, args: Any, tokenizer: Any, train: Any, evaluation: Any) -> tuple[Any, Any]:
         """Both data sets as the collator takes them; runs before a model is loaded."""
-        raise NotImplementedError(f"{type(self).__name__} prepares no data")
+        if train is None:
+            raise UserError(
+                Violation("train_dataset", None, "there is nothing to train on", "pass the training rows")
+            )
+        if isinstance(train, IterableDataset):
+            if args.max_steps <= 0:
+                raise UserError(
+                    Violation(
+                        "max_steps", args.max_steps, "streaming data has no known length", "set max_steps"
+                    )
+                )
+            args.accelerator_config.dispatch_batches = False  # batches differ in shape between processes
+        func: dict[str, Any] = {"formatting_func": self._formatting_func}
+
+        def ready(rows: Any, where: str) -> Any:
+            return self.prepare_rows(rows, tokenizer, args, where=where, training=False, **func)[0]
+
+        train, report = self.prepare_rows(train, tokenizer, args, where="train_dataset", **func)
+        for line in report.warnings:
+            log.warning(line)
+        if isinstance(evaluation, dict):
+            return train, {name: ready(rows, f"eval_dataset[{name}]") for name, rows in evaluation.items()}
+        return train, None if evaluation is None else ready(evaluation, "eval_dataset")
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*self.columns]
+
+    @classmethod
+    def reference_kind(cls, args: Any, adapter: bool) -> str | None:
+        """What the policy is held against, in words for the plan; "a frozen copy" takes the memory of one."""
+        return None
 
     def check_model(self, args: Any, model: Any) -> None:
         """Raise UserError when this model cannot be trained with these arguments."""
@@ -227,8 +278,9 @@ class BaseTrainer(transformers.Trainer):
             return None
         attention.register()
         config = ModelRecipe(name_or_path=model, trust_remote_code=args.trust_remote_code).config()
-        packed = getattr(args, "packing", False) or getattr(args, "padding_free", False)
-        return attention.choose(args.device.type, packed=bool(packed), config=config)
+        return attention.choose(
+            args.device.type, packed=packs(args), config=config, shared=self.goal != "tokens"
+        )
 
     def _memory_needs_checkpointing(self, model: Any, args: Any) -> bool:
         if args.device.type != "cuda":
@@ -265,6 +317,46 @@ class BaseTrainer(transformers.Trainer):
         finally:
             self.model_init = None  # type: ignore[assignment]
 
+    # -- loss ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        offload = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+        with offload if self.args.activation_offloading else nullcontext():
+            return super().training_step(*args, **kwargs)
+
+    def head_is_fused(self, model: Any) -> bool:
+        """Whether the loss may be computed inside the head; held against the model's own logits once."""
+        if self._head_is_fused is None:
+            self._head_is_fused = is_exact(model)
+            if not self._head_is_fused:
+                log.warning(
+                    "%s transforms its logits in a way of its own: the loss is computed from all of them",
+                    type(model).__name__,
+                )
+        return self._head_is_fused
+
+    def over_items(self, total: torch.Tensor, count: Any, num_items: Any) -> torch.Tensor:
+        """A summed loss as the share of this micro-batch in the mean over the accumulated, cross-device batch.
+
+        Args:
+            count: items of the micro-batch.
+            num_items: those of the accumulated batch, over devices too; None: `count`.
+        """
+        weight = torch.as_tensor(count if num_items is None else num_items, device=total.device)
+        loss = total / weight.clamp(min=1)
+        if num_items is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # data parallelism averages gradients over processes
+        return loss
+
+    def with_balance(self, loss: torch.Tensor, outputs: Any, num_items: Any) -> torch.Tensor:
+        """The loss with that of a mixture of experts' balance, which is a mean over micro-batches."""
+        if not self.balances_experts:
+            return loss
+        aux = outputs.aux_loss.to(loss.device)
+        self.meter.add("aux_loss", aux, torch.ones_like(aux))
+        parts = self.current_gradient_accumulation_steps if num_items is not None else 1
+        return loss + self.args.router_aux_loss_coef * aux / parts
+
     # -- metrics -------------------------------------------------------------------------------------------------
 
     @property
@@ -282,18 +374,23 @@ class BaseTrainer(transformers.Trainer):
         return self.accelerator.reduce(tensor, reduction="sum")
 
     def _train_metrics(self) -> dict[str, float]:
-        sums = self.meters["train"].take(self._sum_over_processes)
+        sums = self.meters["train"].take(self._sum_over_processes, self.accelerator.gather)
         tokens, _ = sums.pop("num_tokens", (0.0, 0.0))
         self.num_tokens += int(tokens)
         metrics = {name: total / weight for name, (total, weight) in sums.items() if weight > 0}
+        metrics |= self.derived(metrics)
         metrics["num_tokens"] = self.num_tokens
         now = time.perf_counter()
         if self._window_start is not None and now - self._window_start > self._idle:
             metrics["tokens_per_second"] = tokens / (now - self._window_start - self._idle)
         self._window_start, self._idle = now, 0.0
         if self.args.device.type == "cuda":
-            metrics |= _gpu_metrics(metrics.get("tokens_per_second"), self.model, self.args.world_size)
+            metrics |= gpu_metrics(metrics.get("tokens_per_second"), self.model, self.args.world_size)
         return metrics
+
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Metrics that are made of others, once these are divided."""
+        return {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         training = "loss" in logs
@@ -314,8 +411,13 @@ class BaseTrainer(transformers.Trainer):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            for name, (total, weight) in self.meters["eval"].take(self._sum_over_processes).items():
-                value = total if name == "num_tokens" else total / weight if weight else math.nan
+            sums = self.meters["eval"].take(self._sum_over_processes, self.accelerator.gather)
+            means = {
+                name: total if name == "num_tokens" else total / weight
+                for name, (total, weight) in sums.items()
+                if weight > 0
+            }
+            for name, value in (means | self.derived(means)).items():
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
@@ -338,6 +440,12 @@ class BaseTrainer(transformers.Trainer):
             labels = inputs["labels"]
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), outputs.logits, labels
+
+    def samples(self, rows: list[dict[str, Any]], *, max_new_tokens: int) -> list[dict[str, Any]]:
+        """What the model makes of canonical rows, to be shown: one dict a row, of the prompt and texts beside it."""
+        from hydratune.samples import complete
+
+        return complete(self.model, self.processing_class, rows, max_new_tokens=max_new_tokens)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -369,25 +477,3 @@ def _one(name: str, value: Any, old: str, old_value: Any) -> Any:
             Violation(name, None, f"given twice, as {name} and by its older name {old}", f"pass {name} alone")
         )
     return value if value is not None else old_value
-
-
-_PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-    "B200": 2250e12,
-}
-
-
-def _gpu_metrics(tokens_per_second: float | None, model: Any, devices: int) -> dict[str, float]:
-    """Peak memory in GiB, and model FLOPs utilisation: 6 FLOPs per parameter and token over the dense bf16 peak."""
-    metrics = {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-    name = torch.cuda.get_device_name()
-    peak = next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
-    if peak and tokens_per_second:
-        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        metrics["mfu"] = (6 * trained + 4 * frozen) * tokens_per_second / (peak * devices)
-    return metrics

@@ -6,14 +6,11 @@ The loss is Σ −log p(label) over every labelled token of the accumulated, cro
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from datasets import IterableDataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hydratune import attention
@@ -21,11 +18,11 @@ from hydratune.algos.base import BaseConfig, BaseTrainer
 from hydratune.data.collate import SFTCollator
 from hydratune.data.pipeline import prepare
 from hydratune.errors import UserError, Violation
-from hydratune.fused_head import FusedHead, Stats, cross_entropy, is_exact, select
+from hydratune.fused_head import FusedHead, Stats, cross_entropy, select
 from hydratune.models import ModelRecipe
 from hydratune.settings import option
 
-log = logging.getLogger("hydratune")
+METRICS = ("entropy", "mean_token_accuracy")
 
 
 @dataclass
@@ -36,12 +33,6 @@ class SFTConfig(BaseConfig):
     dataset_text_field: str = option(
         "text", "Column with the text of plain rows; a formatting_func's text is put there."
     )
-    dataset_kwargs: dict[str, Any] | None = option(
-        None, "{skip_prepare_dataset: true} takes the rows as already prepared."
-    )
-    dataset_num_proc: int | None = option(None, "Processes that tokenise.")
-    eos_token: str | None = option(None, "Token that ends a text or completion; null: the tokenizer's.")
-    pad_token: str | None = option(None, "Token used to pad; null: the tokenizer's, else its EOS.")
     max_length: int | None = option(1024, "Longest row in tokens; longer rows are truncated; null: no limit.")
     truncation_mode: Literal["keep_start", "keep_end"] = option(
         "keep_start", "Which end of an over-long row is kept."
@@ -52,19 +43,12 @@ class SFTConfig(BaseConfig):
         "bfd", "Best fit decreasing (over-long rows truncated, or split), or one stream cut into blocks."
     )
     padding_free: bool = option(False, "Lay a batch's rows end to end instead of padding them.")
-    pad_to_multiple_of: int | None = option(None, "Round the length of a batch up to this.")
     eval_packing: bool | None = option(None, "Pack the evaluation rows; null: as packing says.")
     completion_only_loss: bool | None = option(
         None, "Train on completions only; null: yes when rows are prompt and completion."
     )
     assistant_only_loss: bool = option(False, "Train on the assistant's turns of a conversation only.")
     loss_type: Literal["nll", "dft"] = option("nll", "Negative log-likelihood, or dynamic fine-tuning.")
-    activation_offloading: bool = option(
-        False, "Keep activations in host memory between forward and backward."
-    )
-    router_aux_loss_coef: float | None = option(
-        None, "Weight of a mixture-of-experts' balance loss; null: the model's."
-    )
 
 
 class SFTTrainer(BaseTrainer):
@@ -80,6 +64,7 @@ class SFTTrainer(BaseTrainer):
     """
 
     config_class = SFTConfig
+    columns = ("input_ids", "labels", "seq_lengths", "completion_mask", "assistant_masks")
 
     def __init__(
         self,
@@ -102,7 +87,6 @@ class SFTTrainer(BaseTrainer):
         recipe: ModelRecipe | None = None,
         **older_names: Any,
     ) -> None:
-        self._formatting_func = formatting_func
         super().__init__(
             model,
             args,
@@ -119,46 +103,19 @@ class SFTTrainer(BaseTrainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            formatting_func=formatting_func,
             **older_names,
         )
-        self._head_is_fused: bool | None = None  # until a forward pass has shown whether it may be
-        config = self.model.config
-        if self.args.router_aux_loss_coef is None:
-            self.args.router_aux_loss_coef = getattr(config, "router_aux_loss_coef", None)
-        self._balances_experts = bool(self.args.router_aux_loss_coef) and hasattr(
-            config, "output_router_logits"
-        )
 
-    def collator(self, args: Any, tokenizer: Any) -> SFTCollator:
+    def collator(self, args: Any, tokenizer: Any, model: Any) -> SFTCollator:
         return SFTCollator(tokenizer.pad_token_id, args.padding_free, args.pad_to_multiple_of)
 
-    def prepare_data(self, args: Any, tokenizer: Any, train: Any, evaluation: Any) -> tuple[Any, Any]:
-        if train is None:
-            raise UserError(
-                Violation("train_dataset", None, "there is nothing to train on", "pass the training rows")
-            )
-        if isinstance(train, IterableDataset):
-            if args.max_steps <= 0:
-                raise UserError(
-                    Violation(
-                        "max_steps", args.max_steps, "streaming data has no known length", "set max_steps"
-                    )
-                )
-            args.accelerator_config.dispatch_batches = (
-                False  # packed batches differ in shape between processes
-            )
-
-        def ready(rows: Any, where: str, packing: bool) -> Any:
-            func = self._formatting_func
-            return prepare(rows, tokenizer, args, packing=packing, where=where, formatting_func=func)[0]
-
-        train = ready(train, "train_dataset", args.packing)
-        eval_packing = args.packing if args.eval_packing is None else args.eval_packing
-        if isinstance(evaluation, dict):
-            return train, {
-                name: ready(rows, f"eval_dataset[{name}]", eval_packing) for name, rows in evaluation.items()
-            }
-        return train, None if evaluation is None else ready(evaluation, "eval_dataset", eval_packing)
+    @classmethod
+    def prepare_rows(
+        cls, rows: Any, tokenizer: Any, args: Any, *, where: str, training: bool = True, **how: Any
+    ) -> tuple[Any, Any]:
+        packing = args.packing if training or args.eval_packing is None else args.eval_packing
+        return prepare(rows, tokenizer, args, packing=packing, where=where, **how)
 
     def check_model(self, args: Any, model: Any) -> None:
         name = model.config._attn_implementation
@@ -171,14 +128,6 @@ class SFTTrainer(BaseTrainer):
                     "use model.attn_implementation=auto, or turn packing and padding_free off",
                 )
             )
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "seq_lengths", "completion_mask", "assistant_masks"]
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        offload = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
-        with offload if self.args.activation_offloading else nullcontext():
-            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -198,17 +147,10 @@ class SFTTrainer(BaseTrainer):
         """
         batch = {**inputs, "use_cache": False}
         labels = batch.pop("labels")
-        if self._balances_experts:
+        if self.balances_experts:
             batch["output_router_logits"] = True
-        if self._head_is_fused is None:
-            self._head_is_fused = is_exact(model)
-            if not self._head_is_fused:
-                log.warning(
-                    "%s transforms its logits in a way of its own: the loss is computed from all of them",
-                    type(model).__name__,
-                )
         whole = return_outputs or self.compute_loss_func is not None or self.label_smoother is not None
-        if whole or not self._head_is_fused:
+        if whole or not self.head_is_fused(model):
             outputs = model(**batch)
             loss_sum, stats = self._from_logits(outputs, labels, num_items_in_batch)
         else:
@@ -230,19 +172,8 @@ class SFTTrainer(BaseTrainer):
         )
         meter.add("num_tokens", seen, torch.ones_like(seen))
 
-        weight = (
-            count
-            if num_items_in_batch is None
-            else torch.as_tensor(num_items_in_batch, device=loss_sum.device)
-        )
-        loss = loss_sum / weight.clamp(min=1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # data parallelism averages gradients over processes
-        if self._balances_experts:
-            aux = outputs.aux_loss.to(loss.device)
-            meter.add("aux_loss", aux, torch.ones_like(aux))
-            parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.args.router_aux_loss_coef * aux / parts
+        loss = self.over_items(loss_sum, count, num_items_in_batch)
+        loss = self.with_balance(loss, outputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _from_logits(self, outputs: Any, labels: torch.Tensor, num_items: Any) -> tuple[torch.Tensor, Stats]:

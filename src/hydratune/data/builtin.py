@@ -10,14 +10,19 @@ from typing import Any
 NAMES = ("arithmetic",)
 
 
-def arithmetic(size: int, seed: int) -> list[dict[str, Any]]:
-    """`size` conversations of one question and one answer, the same for the same seed.
+def arithmetic(size: int, seed: int, goal: str = "tokens") -> list[dict[str, Any]]:
+    """`size` questions with answers, the same for the same seed.
 
-    Each row is `{"messages": [user, assistant], "answer": str}`, e.g. "What is 17 + 25?" → "17 + 25 = 42".
-    Sums and differences are of numbers up to 50, products of numbers up to 12.
+    Sums and differences are of numbers up to 50, products of numbers up to 12, e.g. "What is 17 + 25?" → "17 + 25 = 42".
+
+    Args:
+        goal: "tokens" gives `{"messages": [user, assistant], "answer": str}`. "preference" gives prompt, chosen and
+            rejected, the right answer and a wrong one; "unpaired" prompt, completion and label, about half of them
+            wrong; both with the same questions and `answer` too.
     """
-    rng = random.Random(seed)
-    return [_problem(rng) for _ in range(size)]
+    rng, slips = random.Random(seed), random.Random(f"{seed} slips")
+    rows = [_problem(rng) for _ in range(size)]
+    return rows if goal == "tokens" else [_judged(row, goal, slips) for row in rows]
 
 
 def _problem(rng: random.Random) -> dict[str, Any]:
@@ -33,6 +38,23 @@ def _problem(rng: random.Random) -> dict[str, Any]:
             {"role": "assistant", "content": f"{a} {operator} {b} = {result}"},
         ],
         "answer": str(result),
+    }
+
+
+def _judged(row: dict[str, Any], goal: str, rng: random.Random) -> dict[str, Any]:
+    """The question with its answer and one that is off, as people are: by one, two or ten."""
+    question, right = row["messages"]
+    slip = rng.choice((-10, -2, -1, 1, 2, 10))
+    result = int(row["answer"]) + (slip if int(row["answer"]) + slip >= 0 else -slip)
+    wrong = {"role": "assistant", "content": f"{right['content'].rpartition('= ')[0]}= {result}"}
+    if goal == "preference":
+        return {"prompt": [question], "chosen": [right], "rejected": [wrong], "answer": row["answer"]}
+    label = rng.random() < 0.5
+    return {
+        "prompt": [question],
+        "completion": [right if label else wrong],
+        "label": label,
+        "answer": row["answer"],
     }
 
 

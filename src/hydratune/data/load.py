@@ -15,8 +15,10 @@ from hydratune.errors import UserError, Violation, nearest
 from hydratune.settings import DataSettings
 
 
-def load(settings: DataSettings, seed: int) -> tuple[Any, Any | None]:
+def load(settings: DataSettings, seed: int, goal: str = "tokens") -> tuple[Any, Any | None]:
     """The raw training rows and the raw evaluation rows (None when there are none).
+
+    Built-in rows come in the form that the goal of the algorithm wants (`builtin.arithmetic`).
 
     Evaluation rows come from `eval_path`, else `eval_split`, else `eval_fraction` of the training rows, drawn by the
     seed. A stream has no length, so there its first `max_eval_samples` rows are held out, or none when that is null.
@@ -30,7 +32,7 @@ def load(settings: DataSettings, seed: int) -> tuple[Any, Any | None]:
     """
     seed = settings.seed if settings.seed is not None else seed
     _check(settings)
-    train = _source(settings, seed)
+    train = _source(settings, seed, goal)
     held_out = None
     if settings.eval_path:
         held_out = _local(settings.eval_path, "data.eval_path", settings.streaming)
@@ -109,12 +111,12 @@ def _check(settings: DataSettings) -> None:
         raise UserError(wrong)
 
 
-def _source(settings: DataSettings, seed: int) -> Any:
+def _source(settings: DataSettings, seed: int, goal: str) -> Any:
     if settings.source == "local":
         return _local(str(settings.path), "data.path", settings.streaming)
     if settings.source == "hub":
         return _hub(settings, settings.split, "data.split")
-    rows = datasets.Dataset.from_list(builtin.arithmetic(settings.size, seed))
+    rows = datasets.Dataset.from_list(builtin.arithmetic(settings.size, seed, goal))
     return rows.to_iterable_dataset() if settings.streaming else rows
 
 

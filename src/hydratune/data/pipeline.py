@@ -12,6 +12,7 @@ from hydratune.data.cache import cached, rows_fingerprint, tokenizer_fingerprint
 from hydratune.data.format import format_rows
 from hydratune.data.pack import pack
 from hydratune.data.tokenize import DataReport, TokenizeOptions, tokenize
+from hydratune.data.tokenize_preference import PreferenceOptions, tokenize_preference
 from hydratune.errors import UserError, Violation
 from hydratune.settings import DataSettings
 
@@ -78,25 +79,85 @@ def prepare(
         text_field=args.dataset_text_field,
         formatting_func=formatting_func,
     )
-    if not isinstance(rows, datasets.Dataset):
+
+    def build() -> tuple[Any, DataReport]:
         return _build(rows, tokenizer, options, strategy, shuffle_seed, where)
 
-    def build() -> tuple[datasets.Dataset, dict[str, Any]]:
-        prepared, report = _build(rows, tokenizer, options, strategy, shuffle_seed, where)
+    settings_key = {"options": vars(options), "strategy": strategy, "shuffle": shuffle_seed}
+    return _kept(rows, tokenizer, settings_key, build, cache)
+
+
+def prepare_preference(
+    dataset: Any,
+    tokenizer: Any,
+    args: Any,
+    *,
+    goal: str,
+    where: str,
+    drop_long: bool = False,
+    formatting_func: Callable[[dict[str, Any]], Any] | None = None,
+    cache: bool = True,
+    settings: DataSettings | None = None,
+) -> tuple[Any, DataReport]:
+    """The same for preference rows: token ids of prompts and completions (`tokenize_preference.py`).
+
+    Args:
+        args: a config of the algorithm, with at least `max_length` and `seed`.
+        goal: "preference" or "unpaired"; paired rows are unpaired and shuffled by the seed.
+        drop_long: see `PreferenceOptions`.
+
+    Raises:
+        UserError: rows of a wrong shape, or nothing left to train on.
+    """
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return dataset, DataReport()
+    options = PreferenceOptions(
+        goal=goal,
+        max_length=args.max_length,
+        max_prompt_length=getattr(args, "max_prompt_length", None),
+        max_completion_length=getattr(args, "max_completion_length", None),
+        truncation_mode=getattr(args, "truncation_mode", "keep_start"),
+        drop_long=drop_long,
+        eos_token=args.eos_token,
+        num_proc=args.dataset_num_proc,
+    )
+    rows = format_rows(
+        dataset, settings or DataSettings(), where=where, formatting_func=formatting_func, goal=goal
+    )
+    unpaired = goal == "unpaired" and isinstance(rows, datasets.Dataset) and len(rows) != len(dataset)
+    seed = args.seed if unpaired else None
+
+    def build() -> tuple[Any, DataReport]:
+        made, report = tokenize_preference(rows, tokenizer, options, where=where)
+        return (made if seed is None else made.shuffle(seed=seed)), report
+
+    return _kept(rows, tokenizer, {"options": vars(options), "shuffle": seed}, build, cache)
+
+
+def _kept(
+    rows: Any,
+    tokenizer: Any,
+    settings: dict[str, Any],
+    build: Callable[[], tuple[Any, DataReport]],
+    cache: bool,
+) -> tuple[Any, DataReport]:
+    """What `build` gives, from the cache when it was made before; a stream is never cached."""
+    if not cache or not isinstance(rows, datasets.Dataset):
+        return build()
+
+    def plain() -> tuple[datasets.Dataset, dict[str, Any]]:
+        prepared, report = build()
         return prepared, report.as_dict()
 
-    if not cache:
-        return _build(rows, tokenizer, options, strategy, shuffle_seed, where)
-    settings_key = {name: value for name, value in vars(options).items() if name != "num_proc"}
+    options = {name: value for name, value in settings["options"].items() if name != "num_proc"}
     key = {
+        **settings,
+        "options": options,
         "rows": rows_fingerprint(rows),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "options": settings_key,
-        "strategy": strategy,
-        "shuffle": shuffle_seed,
         "versions": [version("transformers"), version("tokenizers")],
     }
-    prepared, report, _ = cached(key, build)
+    prepared, report, _ = cached(key, plain)
     return prepared, DataReport(**report)
 
 

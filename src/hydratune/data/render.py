@@ -71,42 +71,84 @@ def encode_pairs(
     assistant_only: bool,
     faults: list[RowFault],
 ) -> Iterator[Encoded]:
-    """Prompts and completions, plain or conversational. The completion starts where the tokens of prompt alone and of
-    prompt with completion part."""
-    prompts, completions = batch["prompt"], batch["completion"]
-    if not isinstance(prompts[0], list):
-        closed = [c if c.endswith(eos) else c + eos for c in completions]
-        alone = [np.asarray(ids, dtype=np.int32) for ids in tokenizer(prompts, **_QUIET)["input_ids"]]
-        joined = tokenizer([p + c for p, c in zip(prompts, closed, strict=True)], **_QUIET)["input_ids"]
-        whole: list[tuple[np.ndarray, np.ndarray | None]] = [
-            (np.asarray(ids, dtype=np.int32), None) for ids in joined
-        ]
-    else:
-        prompts = [_clean(prompt) for prompt in prompts]
-        joined_messages = [p + _clean(c) for p, c in zip(prompts, completions, strict=True)]
-        whole = list(_chats(joined_messages, batch, tokenizer, assistant_only, "completion", faults))
-        alone = [
-            ids
-            for ids, _ in _chats(
-                prompts, batch, tokenizer, False, "prompt", faults, add_generation_prompt=True
-            )
-        ]
-        if faults:
-            return
-    for i, (before, (ids, mask)) in enumerate(zip(alone, whole, strict=True)):
-        start = _common(before, ids)
-        shifted = start < len(before)
-        if shifted and isinstance(prompts[i], list):
-            text = _render(tokenizer, joined_messages[i], _template_kwargs(batch, i))
-            if not text.startswith(_render(tokenizer, prompts[i], _template_kwargs(batch, i))):
-                why = "the chat template renders the prompt differently once the completion follows"
-                faults.append(RowFault(i, "prompt", why, _FIX))
+    """Prompts and completions, plain or conversational."""
+    for start, ((ids, mask),), shifted in encode_branches(
+        batch, ("completion",), tokenizer, eos, faults, assistant_only
+    ):
         labels = ids.copy()
         if completion_only:
             labels[:start] = IGNORED
         if mask is not None:
             labels[~mask] = IGNORED
         yield ids, labels, shifted
+
+
+def encode_branches(
+    batch: dict[str, list[Any]],
+    columns: tuple[str, ...],
+    tokenizer: Any,
+    eos: str,
+    faults: list[RowFault],
+    assistant_only: bool = False,
+) -> Iterator[tuple[int, list[tuple[np.ndarray, np.ndarray | None]], bool]]:
+    """A prompt with one or several completions: where these start, the ids of the prompt with each of them (and its
+    assistant mask), and whether the prompt's tokens changed.
+
+    A completion starts where the tokens of the prompt alone and of the prompt with a completion part; all completions
+    of a row start at the same place.
+    """
+    prompts = batch["prompt"]
+    conversational = isinstance(prompts[0], list)
+    joined: list[list[Any]] = []
+    if not conversational:
+        alone = [np.asarray(ids, dtype=np.int32) for ids in tokenizer(prompts, **_QUIET)["input_ids"]]
+        for name in columns:
+            closed = [c if c.endswith(eos) else c + eos for c in batch[name]]
+            joined.append([p + c for p, c in zip(prompts, closed, strict=True)])
+        wholes: list[list[tuple[np.ndarray, np.ndarray | None]]] = [
+            [(np.asarray(ids, dtype=np.int32), None) for ids in tokenizer(texts, **_QUIET)["input_ids"]]
+            for texts in joined
+        ]
+    else:
+        prompts = [_clean(prompt) for prompt in prompts]
+        joined = [[p + _clean(c) for p, c in zip(prompts, batch[name], strict=True)] for name in columns]
+        wholes = [
+            list(_chats(messages, batch, tokenizer, assistant_only, name, faults))
+            for name, messages in zip(columns, joined, strict=True)
+        ]
+        alone = _asked(prompts, batch, tokenizer, faults)
+        if faults:
+            return
+    for i, before in enumerate(alone):
+        rows = [whole[i] for whole in wholes]
+        start = min(_common(before, ids) for ids, _ in rows)
+        shifted = start < len(before)
+        if shifted and conversational and prompts[i]:
+            kwargs = _template_kwargs(batch, i)
+            asked = _render(tokenizer, prompts[i], kwargs)
+            if not all(_render(tokenizer, messages[i], kwargs).startswith(asked) for messages in joined):
+                why = "the chat template renders the prompt differently once the completion follows"
+                faults.append(RowFault(i, "prompt", why, _FIX))
+        yield start, rows, shifted
+
+
+def _asked(
+    prompts: list[list[dict[str, Any]]], batch: dict[str, list[Any]], tokenizer: Any, faults: list[RowFault]
+) -> list[np.ndarray]:
+    """Ids of the prompts with the generation prompt; where there is no prompt and the template wants one, no ids."""
+    if all(prompts):
+        chats = _chats(prompts, batch, tokenizer, False, "prompt", faults, add_generation_prompt=True)
+        return [ids for ids, _ in chats]
+    texts = []
+    for i, messages in enumerate(prompts):
+        try:
+            texts.append(_render(tokenizer, messages, _template_kwargs(batch, i), add_generation_prompt=True))
+        except _Broken as error:
+            texts.append("")
+            if messages:
+                faults.append(RowFault(i, "prompt", str(error), _FIX))
+    encoded = tokenizer(texts, add_special_tokens=False, **_QUIET)["input_ids"]
+    return [np.asarray(ids, dtype=np.int32) for ids in encoded]
 
 
 def require_end_of_turn(tokenizer: Any) -> None:

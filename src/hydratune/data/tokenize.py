@@ -50,7 +50,8 @@ class TokenizeOptions:
 class DataReport:
     """What became of the rows: counts of rows and tokens. `fill` is the share of packed positions that hold a token.
 
-    `boundary_shifts` counts rows whose prompt tokens do not begin the whole row's tokens (merges across the boundary).
+    `boundary_shifts` counts rows whose prompt tokens do not begin the whole row's tokens (merges across the boundary);
+    `desirable` those of labelled rows. `warnings` say what may be wrong with the rows.
     """
 
     rows_in: int = 0
@@ -64,6 +65,8 @@ class DataReport:
     tokens_cut: int = 0
     blocks: int | None = None
     fill: float | None = None
+    desirable: int | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The report for the plan, a line for each fact."""
@@ -79,6 +82,8 @@ class DataReport:
             out.append(
                 f"{self.boundary_shifts:,} rows whose prompt tokens change when the completion follows"
             )
+        if self.desirable is not None:
+            out.append(f"{self.desirable:,} desirable, {self.rows - self.desirable:,} undesirable")
         if self.blocks is not None:
             out.append(f"{self.blocks:,} packed blocks, {self.fill or 0.0:.1%} full")
         return out

@@ -1,0 +1,381 @@
+"""What algorithms share that judge whole completions under a policy and under a reference.
+
+Their batches are layouts (`data/collate_preference.py`); a completion's log-probs come from inside the head, so that
+logits of all tokens never exist; losses are means over the rows of the accumulated, cross-device batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback
+
+from hydratune.algos.base import BaseConfig, BaseTrainer
+from hydratune.data.cache import cached, rows_fingerprint
+from hydratune.errors import UserError, Violation
+from hydratune.fused_head import rows_at
+from hydratune.logps import LogpsHead, TokenStats, logps_of
+from hydratune.models import ModelRecipe
+from hydratune.packing import settle_padding
+from hydratune.reference import Reference, without_dropout
+from hydratune.settings import option
+
+_OF_THE_MODEL = (
+    "input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+    "key_index",
+)  # fmt: skip
+_REFERENCE = "reference.pt"  # of a checkpoint, where the reference moves
+
+
+@dataclass
+class PolicyConfig(BaseConfig):
+    """`BaseConfig` plus what DPO and KTO have in common."""
+
+    learning_rate: float = option(1e-6, "Peak learning rate of AdamW.")
+    beta: float = option(0.1, "How strongly the policy is held to the reference.")
+    max_length: int | None = option(1024, "Longest prompt with completion in tokens; null: no limit.")
+    truncation_mode: Literal["keep_start", "keep_end"] = option(
+        "keep_start", "What is cut of an over-long row: the completion's end, or the prompt's start."
+    )
+    padding_free: bool | None = option(
+        None,
+        "Lay a batch's sequences end to end, and compute a prompt once for all its completions; "
+        "null: where the attention keeps sequences apart.",
+    )
+    disable_dropout: bool = option(True, "No dropout in the policy and in the reference.")
+    precompute_ref_log_probs: bool = option(
+        False, "Compute the reference's log-probs once, before training, and keep them on disk."
+    )
+    precompute_ref_batch_size: int | None = option(None, "Rows at a time then; null: as in training.")
+    ref_model_init_kwargs: dict[str, Any] | None = option(
+        None, "Passed to from_pretrained for a reference that is loaded, e.g. {dtype: bfloat16}."
+    )
+    sync_ref_model: bool = option(False, "Let the reference follow the policy (TR-DPO, arXiv:2404.09656).")
+    ref_model_mixup_alpha: float = option(0.6, "The policy's share in the reference at a synchronisation.")
+    ref_model_sync_steps: int = option(512, "Update steps between synchronisations.")
+    generate_during_eval: bool = option(
+        False, "Complete some evaluation prompts with policy and reference at every evaluation."
+    )
+
+
+@dataclass
+class Judged:
+    """Log-probs of a layout's completions.
+
+    Attributes:
+        per_token: [N], of the layout's targets.
+        logps: [S], of sequences: sums over their tokens.
+        stats: by-products of each token.
+        outputs: of the model.
+    """
+
+    per_token: torch.Tensor
+    logps: torch.Tensor
+    stats: TokenStats
+    outputs: Any
+
+
+class RowTrainer(BaseTrainer):
+    """A trainer whose batches are layouts, and whose loss is a mean over rows, not over tokens."""
+
+    def inputs_of(self, layout: dict[str, Any]) -> dict[str, Any]:
+        """What the model takes of a layout."""
+        inputs = {name: layout[name] for name in _OF_THE_MODEL if name in layout}
+        if self.balances_experts and torch.is_grad_enabled():
+            inputs["output_router_logits"] = True
+        return inputs
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """Rows (not labels) of the accumulated batch, over all devices."""
+        rows = torch.tensor(sum(map(self.rows_of, batch_samples)), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            rows = self.accelerator.reduce(rows, reduction="sum")
+        return rows
+
+    def rows_of(self, batch: dict[str, Any]) -> int:
+        raise NotImplementedError
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """Predictions are rewards, explicit or implicit."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        return loss.detach(), outputs["rewards"], outputs["labels"]
+
+
+class PolicyTrainer(RowTrainer):
+    """A trainer with a policy and a reference; see `BaseTrainer`.
+
+    Args:
+        ref_model: the reference: hub id, directory or instance; None: the policy as it starts. With an adapter that is
+            made here it is the policy with that adapter off, with one that the model brings the adapter as it was.
+
+    Raises:
+        UserError: arguments that cannot work together.
+    """
+
+    config_class: type[PolicyConfig] = PolicyConfig
+    REFERENCE_COLUMNS: tuple[str, ...] = ()  # of precomputed log-probs
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | None = None,
+        ref_model: str | PreTrainedModel | None = None,
+        args: Any = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        optimizer_cls_and_kwargs: Any = None,
+        preprocess_logits_for_metrics: Any = None,
+        formatting_func: Any = None,
+        *,
+        recipe: ModelRecipe | None = None,
+        **older_names: Any,
+    ) -> None:
+        brought = hasattr(model, "peft_config") and peft_config is None
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            formatting_func=formatting_func,
+            recipe=recipe,
+            **older_names,
+        )
+        if self.args.disable_dropout:
+            without_dropout(self.model)
+        self.reference: Reference | None = None
+        self._set_reference(ref_model, brought)
+
+    # -- model ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def reference_kind(cls, args: Any, adapter: bool) -> str | None:
+        if args.precompute_ref_log_probs:
+            return "the policy as it starts, its log-probs computed before training"
+        return "the policy with its adapter off" if adapter else "a frozen copy"
+
+    def fresh_model(self) -> Any:
+        model = super().fresh_model()
+        if getattr(self, "args", None) is not None and self.args.disable_dropout:
+            without_dropout(model)
+        return model
+
+    def check_model(self, args: Any, model: Any) -> None:
+        settle_padding(args, model)
+
+    def _set_reference(self, given: Any, brought: bool) -> None:
+        args = self.args
+        self._check_reference(given)
+        if isinstance(given, str) or (given is None and args.ref_model_init_kwargs and self.recipe):
+            given = self._load_reference(given)
+        if args.precompute_ref_log_probs:
+            self._precompute(Reference(self.model, given, ours=not brought, lasting=False))
+            return
+        self.reference = Reference(self.model, given, ours=not brought)
+        if self.reference.model is not None:
+            self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
+        if args.sync_ref_model:
+            self.add_callback(_Follow(self))
+
+    def _check_reference(self, given: Any) -> None:
+        args, wrong = self.args, []
+        adapter = hasattr(self.model, "peft_config")
+        if args.sync_ref_model and (adapter or args.precompute_ref_log_probs):
+            why = (
+                "the reference is the policy with its adapter off"
+                if adapter
+                else "its log-probs are fixed before"
+            )
+            wrong.append(
+                Violation("algo.sync_ref_model", True, why, "train without adapter and without precomputing")
+            )
+        if given is not None and given is self.model:
+            wrong.append(
+                Violation("ref_model", "model", "is the policy itself, and would be trained", "leave it out")
+            )
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if sharded and (args.precompute_ref_log_probs or (self.is_deepspeed_enabled and not adapter)):
+            what = "precompute_ref_log_probs" if args.precompute_ref_log_probs else "ref_model"
+            wrong.append(
+                Violation(
+                    f"algo.{what}",
+                    True,
+                    "a reference is not sharded by DeepSpeed here",
+                    "use peft=lora, or FSDP",
+                )
+            )
+        if wrong:
+            raise UserError(wrong)
+
+    def _load_reference(self, name: str | None) -> Any:
+        own = self.recipe
+        assert own is not None or name is not None
+        recipe = ModelRecipe(
+            name_or_path=name or own.name_or_path,  # type: ignore[union-attr]
+            architecture=None if name else own.architecture,  # type: ignore[union-attr]
+            init_kwargs=self.args.ref_model_init_kwargs or {},
+            dtype=next(self.model.parameters()).dtype,
+            attn_implementation=self.model.config._attn_implementation,
+            seed=own.seed if own else self.args.seed,
+            trust_remote_code=self.args.trust_remote_code,
+        )
+        return recipe.build()
+
+    # -- log-probs -----------------------------------------------------------------------------------------------
+
+    def judge(self, model: Any, layout: dict[str, Any], stats: Collection[str] = ()) -> Judged:
+        """One forward pass over a layout.
+
+        Args:
+            stats: which of `logps.STATS` are wanted.
+        """
+        inputs = self.inputs_of(layout)
+        length, positions, targets = inputs["input_ids"].shape[1], layout["positions"], layout["targets"]
+        if self.head_is_fused(self.model):
+            with LogpsHead(model, length, positions, targets, stats) as head:
+                outputs = model(**inputs, use_cache=False)
+            per_token, made = head.logps, head.stats
+        else:
+            outputs = model(**inputs, use_cache=False)
+            per_token, made = logps_of(rows_at(outputs.logits, length, positions), targets, stats)
+        return Judged(per_token, self.summed(per_token, layout), made, outputs)
+
+    def summed(self, per_token: torch.Tensor, layout: dict[str, Any]) -> torch.Tensor:
+        """log π of each sequence, [S], from those of its tokens, [N]."""
+        return by_sequence(per_token, layout)
+
+    def judge_by_reference(self, layout: dict[str, Any]) -> torch.Tensor:
+        """log π_ref of each sequence, [S]."""
+        assert self.reference is not None
+        policy = self.accelerator.unwrap_model(self.model)
+        with self.reference.of(policy) as model, self.accelerator.autocast():
+            return self.judge(model, layout).logps
+
+    def reference_columns(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """`REFERENCE_COLUMNS` of a batch, [B] each."""
+        raise NotImplementedError
+
+    def _precompute(self, reference: Reference) -> None:
+        """Fill `REFERENCE_COLUMNS` of all rows."""
+        if reference.model is not None:
+            reference.model.to(self.args.device)
+        self.reference = reference
+        identity = reference.fingerprint(self.model)
+        rows, evaluation = self.train_dataset, self.eval_dataset  # type: ignore[has-type]
+        self.train_dataset = self._with_reference(rows, identity)
+        if isinstance(evaluation, dict):
+            self.eval_dataset = {name: self._with_reference(r, identity) for name, r in evaluation.items()}
+        elif evaluation is not None:
+            self.eval_dataset = self._with_reference(evaluation, identity)
+        self.reference = None
+
+    def _with_reference(self, rows: Any, identity: str) -> Any:
+        if not isinstance(rows, Dataset):
+            why = "rows of a stream are not there before training"
+            raise UserError(
+                Violation("algo.precompute_ref_log_probs", True, why, "drop it, or do not stream")
+            )
+        if set(self.REFERENCE_COLUMNS) <= set(rows.column_names):
+            return rows
+
+        def build() -> tuple[Dataset, dict[str, Any]]:
+            size = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
+            loader = self.accelerator.prepare(DataLoader(rows, size, collate_fn=self.data_collator))
+            training = self.model.training
+            self.model.eval()
+            found: dict[str, list[torch.Tensor]] = {}
+            try:
+                for batch in loader:
+                    made = self.reference_columns(self._prepare_inputs(batch))
+                    for name, values in self.accelerator.gather_for_metrics(made).items():
+                        found.setdefault(name, []).append(values)
+            finally:
+                self.model.train(training)
+            made_rows = rows
+            for name, parts in found.items():
+                made_rows = made_rows.add_column(name, torch.cat(parts).float().cpu().numpy()[: len(rows)])
+            return made_rows, {}
+
+        key = {
+            "rows": rows_fingerprint(rows),
+            "reference": identity,
+            "columns": self.REFERENCE_COLUMNS,
+            "how": self.reference_key(),
+        }
+        return cached(key, build)[0]
+
+    def reference_key(self) -> list[Any]:
+        """What else decides the precomputed log-probs."""
+        return [str(self.args.bf16), str(self.args.fp16), self.args.max_length]
+
+    # -- batches -------------------------------------------------------------------------------------------------
+
+    def count_tokens(self, layout: dict[str, Any], judged: Judged) -> None:
+        """The metrics that do not depend on the loss: tokens, and the entropy where it was asked for."""
+        tokens = layout["lengths"].sum()
+        self.meter.add("num_tokens", tokens, torch.ones_like(tokens))
+        if judged.stats.entropy is not None:
+            count = torch.tensor(len(judged.per_token), device=tokens.device)
+            self.meter.add("entropy", judged.stats.entropy.sum(), count)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.sync_ref_model and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.accelerator.unwrap_model(self.reference.model).state_dict(), folder / _REFERENCE)  # type: ignore[union-attr]
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = Path(resume_from_checkpoint) / _REFERENCE
+        if self.args.sync_ref_model and saved.is_file():
+            state = torch.load(saved, map_location=self.args.device, weights_only=True)
+            self.accelerator.unwrap_model(self.reference.model).load_state_dict(state)  # type: ignore[union-attr]
+
+
+class _Follow(TrainerCallback):
+    """Lets the reference follow the policy every so many steps."""
+
+    def __init__(self, trainer: PolicyTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:
+            unwrap = self.trainer.accelerator.unwrap_model
+            reference = self.trainer.reference
+            assert reference is not None
+            reference.follow(unwrap(self.trainer.model), args.ref_model_mixup_alpha)
+
+
+def by_sequence(values: torch.Tensor, layout: dict[str, Any]) -> torch.Tensor:
+    """Sums over the completion tokens of each sequence: [N] → [S]."""
+    sums = values.new_zeros(len(layout["lengths"]))
+    return sums.index_add(0, layout["sequences"], values)

@@ -1,0 +1,125 @@
+"""The rules of single algorithms on values alone; as light as `checks.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hydratune.errors import Violation, nearest
+from hydratune.options import constant
+from hydratune.settings import RunSettings
+
+Problem = Violation | str
+_OF_A_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+_SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
+
+
+def _positive(settings: RunSettings, *names: str) -> Iterator[Problem]:
+    for name in names:
+        value = settings.algo_options.get(name)
+        if value is not None and value <= 0:
+            yield Violation(f"algo.{name}", value, "is not above 0", "give a positive number")
+
+
+def _reference_fits(settings: RunSettings) -> Iterator[Problem]:
+    options = settings.algo_options
+    yield from _positive(settings, "beta", "precompute_ref_batch_size", "ref_model_sync_steps")
+    share = options.get("ref_model_mixup_alpha")
+    if share is not None and not 0 < share <= 1:
+        yield Violation(
+            "algo.ref_model_mixup_alpha", share, "is no share", "give a number above 0, at most 1"
+        )
+    if options.get("sync_ref_model"):
+        if settings.peft:
+            why = "with an adapter the reference is the policy without it, which has nothing to follow with"
+            yield Violation("algo.sync_ref_model", True, why, "use peft=none, or leave it out")
+        if options.get("precompute_ref_log_probs"):
+            why = "algo.precompute_ref_log_probs fixes the reference before training"
+            yield Violation("algo.sync_ref_model", True, why, "keep one of the two")
+    if options.get("precompute_ref_log_probs") and settings.data.streaming:
+        why = "rows of a stream are not there before training"
+        yield Violation(
+            "algo.precompute_ref_log_probs", True, why, "use data.streaming=false, or leave it out"
+        )
+
+
+def _dpo_losses_fit(settings: RunSettings) -> Iterator[Problem]:
+    options = settings.algo_options
+    given = options.get("loss_type", "sigmoid")
+    losses, known = (
+        [given] if isinstance(given, str) else list(given),
+        constant("hydratune.losses", "DPO_LOSSES"),
+    )
+    for name in losses:
+        if name not in known:
+            fix = f"{nearest(str(name), known)} (there are: {', '.join(known)})"
+            yield Violation("algo.loss_type", name, "there is no such loss", fix)
+    if not losses:
+        yield Violation("algo.loss_type", losses, "names no loss", f"choose among {', '.join(known)}")
+    weights = options.get("loss_weights")
+    if weights is not None and len(weights) != len(losses):
+        why = f"{len(losses)} losses need as many weights"
+        yield Violation(
+            "algo.loss_weights", weights, why, "give one for each of algo.loss_type, or leave it out"
+        )
+    smoothing = options.get("label_smoothing", 0.0)
+    if not 0 <= smoothing < 0.5:
+        why = "with half of the labels wrong there is nothing to learn"
+        yield Violation("algo.label_smoothing", smoothing, why, "give 0 or more, below 0.5")
+    elif smoothing == 0 and "exo_pair" in losses:
+        why = "exo_pair compares with a distribution that must give the rejected answer something"
+        yield Violation("algo.label_smoothing", smoothing, why, "algo.label_smoothing=1e-3")
+    elif smoothing and not set(losses) & {*_SMOOTHED}:
+        yield f"algo.label_smoothing={smoothing} has no effect on {', '.join(losses)}"
+    divergence = options.get("f_divergence_type", "reverse_kl")
+    odd = [name for name in losses if name in known and name not in _OF_A_DIFFERENCE]
+    if divergence != "reverse_kl" and odd:
+        why = f"{', '.join(odd)} is no function of a difference of scores, so that another divergence has no meaning"
+        yield Violation(
+            "algo.f_divergence_type", divergence, why, f"use one of {', '.join(_OF_A_DIFFERENCE)}"
+        )
+    alpha = options.get("ld_alpha")
+    if alpha is not None and not 0 <= alpha <= 1:
+        yield Violation("algo.ld_alpha", alpha, "is no share", "give a number from 0 to 1, or null")
+
+
+def _kto_can_estimate(settings: RunSettings) -> Iterator[Problem]:
+    options = settings.algo_options
+    yield from _positive(
+        settings, "desirable_weight", "undesirable_weight", "max_prompt_length", "max_completion_length"
+    )
+    if options.get("loss_type", "kto") != "kto" or options.get("precompute_ref_log_probs"):
+        return
+    for key, name in (("batch_size", "train"), ("trainer.per_device_eval_batch_size", "eval")):
+        if options.get(f"per_device_{name}_batch_size") == 1:
+            yield Violation(
+                key,
+                1,
+                "KTO's reference point is estimated on prompts with other rows' completions, of which a batch of one has none",
+                f"{key}=2 or more, algo.precompute_ref_log_probs=true (pairs are then made over all rows), "
+                "or algo.loss_type=apo_zero_unpaired",
+            )
+
+
+def _lengths_fit(settings: RunSettings) -> Iterator[Problem]:
+    most = settings.algo_options.get("max_length", 1024)
+    if most is None:
+        return
+    prompt = settings.algo_options.get("max_prompt_length")
+    if prompt is not None and prompt >= most:
+        why = f"leaves no room for a completion in algo.max_length={most}"
+        yield Violation("algo.max_prompt_length", prompt, why, "give less")
+
+
+def _reward_is_bounded(settings: RunSettings) -> Iterator[Problem]:
+    value = settings.algo_options.get("center_rewards_coefficient")
+    if value is not None and value < 0:
+        why = "would drive rewards away from zero"
+        yield Violation("algo.center_rewards_coefficient", value, why, "give 0 or more, e.g. 0.01")
+
+
+RULES: dict[str, list[Callable[..., Iterator[Any]]]] = {
+    "reward": [_reward_is_bounded],
+    "dpo": [_reference_fits, _dpo_losses_fit],
+    "kto": [_reference_fits, _kto_can_estimate, _lengths_fit],
+}

@@ -1,0 +1,82 @@
+"""The order of labelled rows: both classes in every batch, and a partner for every row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class BothClassesSampler(Sampler[int]):
+    """A random order in which each batch has its share of both classes, rounded so that it has at least one of each.
+
+    The rarer class is spread evenly, so that batches differ by at most one row of it. With fewer of its rows than
+    batches, the batches that get one are spread evenly.
+
+    Args:
+        labels: bool, [N].
+        batch_size: rows that follow each other in one batch; several processes take batches in turn.
+        seed: of the order, with the epoch.
+    """
+
+    def __init__(self, labels: np.ndarray, batch_size: int, seed: int) -> None:
+        self.labels, self.batch_size, self.seed, self.epoch = np.asarray(labels, bool), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        rare, common = (rng.permutation(np.flatnonzero(self.labels == kind)) for kind in (True, False))
+        if len(rare) > len(common):
+            rare, common = common, rare
+        total, size = len(self.labels), self.batch_size
+        edges = np.minimum(np.arange(0, total + size, size), total)
+        edges = edges[: np.searchsorted(edges, total) + 1]
+        quotas = _shares(len(rare), np.diff(edges))
+        order = []
+        for quota, rows in zip(quotas, np.diff(edges), strict=True):
+            batch = np.concatenate((rare[:quota], common[: rows - quota]))
+            rare, common = rare[quota:], common[rows - quota :]
+            order.append(rng.permutation(batch))
+        return iter(np.concatenate(order).tolist())
+
+
+def _shares(rows: int, sizes: np.ndarray) -> np.ndarray:
+    """`rows` spread over batches of these sizes in proportion, one at least for each batch of two when there are enough."""
+    shares = np.diff(np.rint(np.cumsum([0, *sizes]) * rows / sizes.sum())).astype(int)
+    wanting = np.flatnonzero((shares == 0) & (sizes > 1))
+    for batch in wanting:
+        richest = int(shares.argmax())
+        if shares[richest] < 2:
+            break
+        shares[richest] -= 1
+        shares[batch] += 1
+    return shares
+
+
+def other_rows(prompts: Sequence[bytes], seed: int) -> np.ndarray:
+    """For each row another one with another prompt, where there is one; every row is taken once.
+
+    Args:
+        prompts: what tells prompts apart, [N ≥ 2].
+
+    Returns:
+        Row numbers, [N].
+    """
+    rng = np.random.default_rng(seed)
+    _, kinds = np.unique(np.asarray(prompts, dtype=object), return_inverse=True)
+    order = rng.permutation(len(kinds))
+    # Rows of one prompt side by side, then everybody takes the row that is as far on as the largest group is big:
+    # that is never one of the own group, unless a group holds more than half of all rows.
+    order = order[np.argsort(kinds[order], kind="stable")]
+    largest = int(np.bincount(kinds).max())
+    partner = np.empty(len(kinds), dtype=np.int64)
+    partner[order] = np.roll(order, -largest)
+    if (partner == np.arange(len(kinds))).any():  # all rows share one prompt
+        partner[order] = np.roll(order, -1)
+    return partner

@@ -1,0 +1,89 @@
+"""Metrics of a window of steps, kept on the device until they are logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Meter:
+    """Weighted sums and extremes by name, on the device until `take` fetches them all at once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+        self._most: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, total: torch.Tensor, weight: torch.Tensor) -> None:
+        pair = torch.stack((total.detach().double(), weight.detach().double()))
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def most(self, name: str, value: torch.Tensor) -> None:
+        """Keep the largest value."""
+        value = value.detach().double()
+        self._most[name] = torch.maximum(self._most[name], value) if name in self._most else value
+
+    def least(self, name: str, value: torch.Tensor) -> None:
+        """Keep the smallest value."""
+        self.most(f"-{name}", -value)
+
+    def take(
+        self,
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+        gather: Callable[[torch.Tensor], torch.Tensor],
+    ) -> dict[str, tuple[float, float]]:
+        """(sum, weight) by name over all processes, of an extreme (value, 1); empties the meter.
+
+        Args:
+            reduce: sums a tensor over processes; gather: concatenates those of all.
+        """
+        found: dict[str, tuple[float, float]] = {}
+        if self._sums:
+            names = sorted(self._sums)
+            pairs = reduce(torch.stack([self._sums[name] for name in names])).tolist()
+            found |= zip(names, map(tuple, pairs), strict=True)
+        if self._most:
+            names = sorted(self._most)
+            values = gather(torch.stack([self._most[name] for name in names])[None]).amax(0).tolist()
+            found |= {
+                n.removeprefix("-"): (-v if n[0] == "-" else v, 1.0)
+                for n, v in zip(names, values, strict=True)
+            }
+        self._sums.clear()
+        self._most.clear()
+        return found
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        return {kind: {n: t.tolist() for n, t in values.items()} for kind, values in self._kinds().items()}
+
+    def load(self, state: dict[str, dict[str, Any]], device: torch.device) -> None:
+        for kind, values in self._kinds().items():
+            values.clear()
+            for name, value in state.get(kind, {}).items():
+                values[name] = torch.tensor(value, dtype=torch.float64, device=device)
+
+    def _kinds(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {"sums": self._sums, "most": self._most}
+
+
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "B200": 2250e12,
+}
+
+
+def gpu_metrics(tokens_per_second: float | None, model: Any, devices: int) -> dict[str, float]:
+    """Peak memory in GiB, and model FLOPs utilisation: 6 FLOPs per parameter and token over the dense bf16 peak."""
+    metrics = {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    name = torch.cuda.get_device_name()
+    peak = next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
+    if peak and tokens_per_second:
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        metrics["mfu"] = (6 * trained + 4 * frozen) * tokens_per_second / (peak * devices)
+    return metrics

@@ -1,0 +1,116 @@
+"""The reference policy: what a trained policy is held against, with as few weights in memory as it takes.
+
+With an adapter the reference is the policy with its adapter off, or with the adapter as it was at the start; without one
+it is a frozen copy, or the model that is given. Log-probs that were computed before training need no reference at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Kind = Literal["adapter off", "first adapter", "frozen copy", "given", "policy itself"]
+_FIRST = "reference"  # name of the adapter that is kept as it was
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Dropout off for good, in layers and in attention, so that policy and reference differ by their weights alone."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def frozen(model: Any) -> Any:
+    """A model for inference alone."""
+    return model.requires_grad_(False).eval()
+
+
+class Reference:
+    """A reference policy.
+
+    Args:
+        policy: the policy before training, unwrapped.
+        given: the reference itself, if there is one.
+        ours: whether the policy's adapter was made here, and so changes nothing yet.
+        lasting: whether it is needed once the policy has changed; else nothing is copied.
+    """
+
+    def __init__(self, policy: Any, given: Any = None, *, ours: bool = True, lasting: bool = True) -> None:
+        self.model: Any = None
+        if given is not None:
+            self.kind: Kind = "given"
+            self.model = frozen(given)
+        elif hasattr(policy, "peft_config") and ours:
+            self.kind = "adapter off"
+        elif not lasting:
+            self.kind = "policy itself"
+        elif not hasattr(policy, "peft_config"):
+            self.kind = "frozen copy"
+            self.model = frozen(copy.deepcopy(policy))
+        else:
+            self.kind = "first adapter"
+            _keep_adapter(policy)
+
+    @contextmanager
+    def of(self, policy: Any) -> Iterator[Any]:
+        """The module to run for the reference's results, without gradients.
+
+        Args:
+            policy: unwrapped; of its adapters none, or the first one, is on meanwhile.
+        """
+        with torch.no_grad():
+            if self.kind == "policy itself" or self.model is not None:
+                yield self.model or policy
+            elif self.kind == "adapter off":
+                with policy.disable_adapter():
+                    yield policy
+            else:
+                active = policy.active_adapter
+                policy.set_adapter(_FIRST)
+                try:
+                    yield policy
+                finally:
+                    policy.set_adapter(active)
+
+    def fingerprint(self, policy: Any) -> str:
+        """A key of its parameters: of each its name, shape, sum and sum of squares in fp64."""
+        model = self.model or policy
+        digest, sums = hashlib.sha256(self.kind.encode()), []
+        for name, parameter in model.named_parameters():
+            if self.kind == "adapter off" and parameter.requires_grad:
+                continue
+            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+            flat = parameter.detach().flatten().double()
+            sums.append(
+                torch.stack((flat.sum(), flat.square().sum(), flat[:: max(1, len(flat) // 64)].sum()))
+            )
+        digest.update(torch.stack([s.cpu() for s in sums]).numpy().tobytes())
+        return digest.hexdigest()
+
+    def follow(self, policy: Any, share: float) -> None:
+        """π_ref ← share·π + (1 − share)·π_ref (TR-DPO, arXiv:2404.09656, eq. 7), of a separate reference."""
+        with torch.no_grad():
+            own = dict(self.model.named_parameters())
+            pairs = [(own[name], p) for name, p in policy.named_parameters() if name in own]
+            torch._foreach_lerp_([r for r, _ in pairs], [p.detach().to(r.dtype) for r, p in pairs], share)
+
+
+def _keep_adapter(policy: Any) -> None:
+    """A second adapter with the values of the first, which is never trained."""
+    name = policy.active_adapter
+    policy.add_adapter(_FIRST, copy.deepcopy(policy.peft_config[name]))
+    state = dict(policy.named_parameters())
+    with torch.no_grad():
+        for key, value in state.items():
+            if f".{_FIRST}." in key:
+                value.copy_(state[key.replace(f".{_FIRST}.", f".{name}.")])
+    policy.set_adapter(name)
