@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hydratune import adapters, held
+from hydratune import adapters, attention, held
 from hydratune.errors import UserError, Violation
 
 # The head of a model by what it is for: a reward model gives one score a sequence.
@@ -129,6 +129,7 @@ class ModelRecipe:
 
     def _base(self) -> Any:
         """A new model without its adapter."""
+        attention.register()  # for the process that holds models for a sweep, which does nothing else
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             if self.architecture is not None:
