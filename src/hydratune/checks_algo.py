@@ -90,15 +90,15 @@ def _kto_can_estimate(settings: RunSettings) -> Iterator[Problem]:
     )
     if options.get("loss_type", "kto") != "kto" or options.get("precompute_ref_log_probs"):
         return
-    for key, name in (("batch_size", "train"), ("trainer.per_device_eval_batch_size", "eval")):
-        if options.get(f"per_device_{name}_batch_size") == 1:
-            yield Violation(
-                key,
-                1,
-                "KTO's reference point is estimated on prompts with other rows' completions, of which a batch of one has none",
-                f"{key}=2 or more, algo.precompute_ref_log_probs=true (pairs are then made over all rows), "
-                "or algo.loss_type=apo_zero_unpaired",
-            )
+    keys = {"batch_size": "train", "trainer.per_device_eval_batch_size": "eval"}
+    for key in [k for k, name in keys.items() if options.get(f"per_device_{name}_batch_size") == 1][:1]:
+        yield Violation(
+            key,
+            1,
+            "KTO's reference point is estimated on prompts with other rows' completions, of which a batch of one has none",
+            f"{key}=2 or more, algo.precompute_ref_log_probs=true (pairs are then made over all rows), "
+            "or algo.loss_type=apo_zero_unpaired",
+        )
 
 
 def _lengths_fit(settings: RunSettings) -> Iterator[Problem]:

@@ -29,7 +29,7 @@ from hydratune.tracking import (
 )
 
 log = logging.getLogger("hydratune")
-_VERIFIED_ROWS = 256  # held-out rows of a built-in data set that are completed and verified at the end
+_VERIFIED_ROWS = 256  # held-out rows with a whole number as `answer` that are completed and verified at the end
 
 
 @dataclass
@@ -176,15 +176,11 @@ def _data(
         ready[name], reports[name] = trainer_class.prepare_rows(
             formatted[name], tokenizer, args, where=name, training=name == "train", cache=data.cache
         )
-    if data.source == "builtin":  # its rows carry their answer, so that completions can be verified
-        source, wanted = eval_rows, _VERIFIED_ROWS
-    else:
-        source, wanted = formatted.get("eval"), settings.tracking.samples
-    few = (
-        []
-        if source is None or not settings.tracking.samples
-        else [r for r, _ in zip(source, range(wanted), strict=False)]
-    )
+    few: list[dict[str, Any]] = []
+    if "eval" in formatted and settings.tracking.samples:
+        few = [row for row, _ in zip(formatted["eval"], range(_VERIFIED_ROWS), strict=False)]
+        if "answer" not in few[0]:  # else completions are verified, and more of them mean more
+            few = few[: settings.tracking.samples]
     return ready["train"], ready["eval"], few, reports
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -12,13 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
-import train
 import yaml
 
 from hydratune.sweep.executors import ForkExecutor
 from hydratune.sweep.job import Command, pack
 
 ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("train_entry", ROOT / "train.py")
+train = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(train)
 TINY = [
     "data.size=64",
     "batch_size=8",

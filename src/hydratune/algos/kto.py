@@ -25,7 +25,7 @@ from hydratune.packing import layout_for
 from hydratune.settings import option
 
 METRICS = (
-    "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen",
+    "kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "logits/chosen",
     "logits/rejected", "entropy",
 )  # fmt: skip
 _RANGE = (1.0, 4 / 3)  # of w₊n₊ / (w₋n₋), the paper's advice (section 4.2)
@@ -177,6 +177,10 @@ class KTOTrainer(PolicyTrainer):
         if args.estimates_kl:
             self.meter.add("kl", kl, torch.ones_like(kl))
         rewards = args.beta * ratios.detach()
+        above = rewards > args.beta * kl  # where the loss has its middle
+        self.meter.add(
+            "rewards/accuracies", (above == desirable).sum(), torch.tensor(rows, device=above.device)
+        )
         self._count(judged, layout, rewards, desirable)
         loss = self.over_items(total, rows, num_items_in_batch)
         loss = self.with_balance(loss, judged.outputs, num_items_in_batch)

@@ -42,10 +42,11 @@ def _problem(rng: random.Random) -> dict[str, Any]:
 
 
 def _judged(row: dict[str, Any], goal: str, rng: random.Random) -> dict[str, Any]:
-    """The question with its answer and one that is off, as people are: by one, two or ten."""
+    """The question with its answer and a wrong one: off by one, two or ten, as people are, or as often any number."""
     question, right = row["messages"]
-    slip = rng.choice((-10, -2, -1, 1, 2, 10))
-    result = int(row["answer"]) + (slip if int(row["answer"]) + slip >= 0 else -slip)
+    result = answer = int(row["answer"])
+    while result == answer or result < 0:
+        result = answer + rng.choice((-10, -2, -1, 1, 2, 10)) if rng.random() < 0.5 else rng.randint(0, 100)
     wrong = {"role": "assistant", "content": f"{right['content'].rpartition('= ')[0]}= {result}"}
     if goal == "preference":
         return {"prompt": [question], "chosen": [right], "rejected": [wrong], "answer": row["answer"]}
@@ -56,6 +57,11 @@ def _judged(row: dict[str, Any], goal: str, rng: random.Random) -> dict[str, Any
         "label": label,
         "answer": row["answer"],
     }
+
+
+def verifiable(answer: Any) -> bool:
+    """Whether a column `answer` holds a whole number, against which completions can be held."""
+    return isinstance(answer, int | str) and re.fullmatch(r"-?\d+", str(answer)) is not None
 
 
 def verify(row_or_answer: Mapping[str, Any] | str | int, completion: str) -> bool:

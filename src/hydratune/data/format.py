@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 
+from hydratune.data.builtin import verifiable
 from hydratune.data.preference import FORMS, misfit, pair_row, tokenized_row, unpaired_rows
 from hydratune.data.read import ORIGIN, shorten
 from hydratune.data.shapes import Faults, alpaca_of, messages_of, pair_of, text_of, token_row, with_system
@@ -49,7 +50,8 @@ def format_rows(
 
     To train on tokens, the columns are `messages`; or `prompt` and `completion` (both text, or both lists of messages);
     or `text_field`; or `input_ids` with `labels`, `completion_mask`, `assistant_masks` where given. For the goals
-    "preference" and "unpaired" see `preference.py`. `tools` (JSON text) may stand beside.
+    "preference" and "unpaired" see `preference.py`. `tools` (JSON text) may stand beside, and
+    `answer`, a whole number that completions can be verified against.
 
     Args:
         dataset: `datasets.Dataset` or `IterableDataset` (formatted and checked lazily).
@@ -171,6 +173,8 @@ def _convert(
 ) -> list[dict[str, Any]]:
     row = {**row, **{ours: row.get(theirs) for ours, theirs in settings.columns.items()}}
     extras = {name: as_json_text(row[name]) for name in _EXTRAS if row.get(name) is not None}
+    if verifiable(row.get("answer")):
+        extras["answer"] = str(row["answer"])
     if function is not None:
         kind, row = _call(function, row, text_field, forms, faults)
     if kind == "none":
