@@ -1,7 +1,6 @@
 """SFT side by side with TRL: real (non-pad) tokens per second and peak memory, as ratios of medians.
 
-One process per arm, arms alternating (A B A B …), same weights, rows and batches; the first two steps are warm-up.
-The run fails unless the arms' losses agree, gradients flow and parameters move.
+Same weights, rows and batches in every arm (`arms.py`).
 
     python bench/sft.py --data ../shared/data/sft/capybara_like.jsonl --tokenizer ../shared/data/tokenizer/gpt-neox-20b
 """
@@ -10,14 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
+
+from arms import compare, measure
 
 ARMS = {
     "ours": ("hydratune", {}),
@@ -69,7 +64,7 @@ def rows(options: argparse.Namespace, tokenizer):
 def one_arm(options: argparse.Namespace) -> dict[str, float]:
     """Train a few steps; tokens per second after warm-up, peak memory in MiB, the losses."""
     import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
+    from transformers import AutoModelForCausalLM, Qwen2Config
 
     from hydratune.models import load_tokenizer
 
@@ -88,45 +83,24 @@ def one_arm(options: argparse.Namespace) -> dict[str, float]:
 
         peft["peft_config"] = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    times: list[float] = []
 
-    class Clock(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter())
-
-    with tempfile.TemporaryDirectory() as folder:
+    def make(clock):
         args = trainers.SFTConfig(
             output_dir=folder, max_steps=options.steps, per_device_train_batch_size=options.batch, logging_steps=1,
             save_strategy="no", report_to=[], max_length=None, learning_rate=1e-3, seed=0,
             disable_tqdm=True, use_cpu=device == "cpu", **settings,
         )  # fmt: skip
-        trainer = trainers.SFTTrainer(
+        return trainers.SFTTrainer(
             model=model,
             args=args,
             train_dataset=rows(options, tokenizer),
             processing_class=tokenizer,
-            callbacks=[Clock()],
+            callbacks=[clock],
             **peft,
         )
-        watched = next(p for p in trainer.model.parameters() if p.requires_grad)
-        before = watched.detach().clone()
-        trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert all(float(entry["grad_norm"]) > 0 for entry in logs), "no gradient"
-    assert not torch.equal(before, watched), "parameters did not move"
-    tokens = logs[-1]["num_tokens"] - logs[1]["num_tokens"]
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    return {
-        "tokens_per_second": tokens / (times[-1] - times[1]),
-        "peak_mib": memory / 2**20,
-        "losses": [entry["loss"] for entry in logs],
-    }
+
+    with tempfile.TemporaryDirectory() as folder:
+        return measure(make)
 
 
 def _attention(package: str, settings: dict) -> str:
@@ -144,32 +118,9 @@ def main() -> None:
     if options.arm:
         print(json.dumps(one_arm(options)))
         return
-    results: dict[str, list[dict]] = {arm: [] for arm in ARMS}
-    for _ in range(options.rounds):
-        for arm in ARMS:
-            done = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--arm", arm], capture_output=True, text=True
-            )
-            if done.returncode:
-                sys.exit(f"{arm} failed:\n{done.stderr[-3000:]}")
-            results[arm].append(json.loads(done.stdout.splitlines()[-1]))
-    reference = results["ours"][0]["losses"]
-    for arm, runs in results.items():
-        # TRL's defaults train in bf16 autocast, hence the wide margin; equal precision is held to 1e-4 in tests/peer
-        worst = max(abs(a - b) for a, b in zip(reference, runs[0]["losses"], strict=True))
-        assert worst < 0.05, f"{arm}: the losses differ by {worst}"
-
-    import torch
-    import transformers
-
-    speed = {arm: statistics.median(r["tokens_per_second"] for r in runs) for arm, runs in results.items()}
-    memory = {arm: statistics.median(r["peak_mib"] for r in runs) for arm, runs in results.items()}
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, "
-          f"{torch.get_num_threads()} threads, {'LoRA' if options.lora else 'full'}, vocabulary {options.tokenizer.split('/')[-1]}")  # fmt: skip
-    print("| arm | tokens/s | ours is faster by | peak memory MiB | ours / theirs |\n|---|---|---|---|---|")
-    for arm in ARMS:
-        print(f"| {arm} | {speed[arm]:.0f} | {speed['ours, padding_free'] / speed[arm]:.2f}× | {memory[arm]:.0f} "
-              f"| {memory['ours, padding_free'] / memory[arm]:.2f} |")  # fmt: skip
+    title = f"{'LoRA' if options.lora else 'full'}, vocabulary {options.tokenizer.split('/')[-1]}"
+    # TRL's defaults train in bf16 autocast, hence the wide margin; equal precision is held to 1e-4 in tests/peer
+    compare(__file__, list(ARMS), options.rounds, "ours, padding_free", 0.05, title)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def complete(
     completions = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     samples = []
     for (row, _, reference), text, completion in zip(asked, texts, completions, strict=True):
-        sample = {"prompt": text, "completion": completion, "reference": reference}
+        beside = "undesirable" if row.get("label") is False else "reference"
+        sample = {"prompt": text, "completion": completion, beside: reference}
         if "answer" in row:
             sample["correct"] = verify(row, completion)
         samples.append(sample)

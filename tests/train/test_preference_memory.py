@@ -29,8 +29,12 @@ def rows(algo: str) -> Dataset:
     """All of the greatest length, which the estimate goes by."""
     ids = np.random.default_rng(0).integers(0, 250, LENGTH // 2).tolist()
     if algo == "kto":
-        return Dataset.from_list([{"prompt_ids": ids, "completion_ids": ids, "label": i % 2 == 0} for i in range(16)])
-    return Dataset.from_list([{"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids[::-1]} for _ in range(16)])
+        return Dataset.from_list(
+            [{"prompt_ids": ids, "completion_ids": ids, "label": i % 2 == 0} for i in range(16)]
+        )
+    return Dataset.from_list(
+        [{"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids[::-1]} for _ in range(16)]
+    )
 
 
 @pytest.mark.parametrize("algo", ["dpo", "kto", "reward"])
@@ -41,7 +45,13 @@ def test_the_estimate_is_near_the_peak(algo, adapter, attention, most, tmp_path,
     monkeypatch.setattr(small, "ARCHITECTURE", small.ARCHITECTURE | WIDE)
     config = small.LORA if adapter else None
     run = small.trainer(
-        algo, tmp_path, data=rows(algo), attention=attention, peft_config=config, max_steps=2, optim="adamw_torch"
+        algo,
+        tmp_path,
+        data=rows(algo),
+        attention=attention,
+        peft_config=config,
+        max_steps=2,
+        optim="adamw_torch",
     )
     kind = run.reference_kind(run.args, adapter)
     load = memory.load_of(
@@ -74,7 +84,9 @@ def qwen_1_8b(tmp_path, gib: int, adapter: dict | None = None, **options) -> pla
     settings = RunSettings(
         "kto", {}, ModelSettings(architecture={}), DataSettings(), adapter, TrackingSettings(), str(tmp_path)
     )
-    report = DataReport(rows_in=64, rows=64, tokens=64 * 1024, trained_tokens=64 * 512, longest=1024, desirable=32)
+    report = DataReport(
+        rows_in=64, rows=64, tokens=64 * 1024, trained_tokens=64 * 512, longest=1024, desirable=32
+    )
     return plan.make(
         settings, args=args, tokenizer=byte_tokenizer(), outline=recipe.outline(), recipe=recipe,
         trainer_class=KTOTrainer, train=rows("kto"), reports={"train": report}, warnings=[],
@@ -98,6 +110,8 @@ def test_what_is_offered_is_as_small_as_can_be(tmp_path):
     offered = [c.overrides for c in made.changes]
     assert offered and all(memory.fits(c.estimate, 80 * 2**30) for c in made.changes)
     assert "trainer.gradient_checkpointing=true" in offered
-    lora = qwen_1_8b(tmp_path, 24, {"type": "lora", "target_modules": "all-linear"}, gradient_checkpointing=True)
+    lora = qwen_1_8b(
+        tmp_path, 24, {"type": "lora", "target_modules": "all-linear"}, gradient_checkpointing=True
+    )
     assert "fits 24.0 GiB" in lora.facts["memory"] and "does not" not in lora.facts["memory"]
     assert lora.facts["reference"] == "the policy with its adapter off"

@@ -1,0 +1,245 @@
+"""Log-probs from inside the head against those of whole logits: values, gradients, by-products, models, layouts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hydratune import attention
+from hydratune.data.collate_preference import Layout
+from hydratune.logps import STATS, LogpsHead, token_logps
+from hydratune.meter import Meter
+from hydratune.score import ScoreHead
+
+N, H, V = 7, 6, 11
+
+
+def parts(dtype=torch.float64, bias=True):
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(*s, generator=generator, dtype=dtype) for s in ((N, H), (V, H)))
+    targets = torch.randint(0, V, (N,), generator=generator)
+    return rows, weight, torch.randn(V, generator=generator, dtype=dtype) if bias else None, targets
+
+
+def naive(rows, weight, bias, targets, softcap):
+    logits = F.linear(rows, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1), logits
+
+
+@pytest.mark.parametrize("chunk", [1, 3, N, None])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_values_and_gradients_equal_those_of_whole_logits(chunk, softcap, bias, frozen):
+    """Each row has a factor of its own, known only in the backward pass."""
+    rows, weight, offset, targets = parts(bias=bias)
+    factors = torch.linspace(-1, 2, N, dtype=torch.float64)
+    found = []
+    for ours in (True, False):
+        leaves = [
+            t.clone().requires_grad_(not frozen or t is rows) for t in (rows, weight, offset) if t is not None
+        ]
+        r, w, b = (*leaves, None)[:3]
+        if ours:
+            logps, _ = token_logps(r, w, targets, b, softcap=softcap, chunk=chunk)
+        else:
+            logps, _ = naive(r, w, b, targets, softcap)
+        (logps * factors).sum().backward()
+        found.append((logps.detach(), [leaf.grad for leaf in leaves]))
+    (one, gradients), (other, expected) = found
+    assert torch.allclose(one, other)
+    assert all(
+        (a is None and e is None) or torch.allclose(a, e) for a, e in zip(gradients, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_are_those_of_finite_differences(frozen):
+    rows, weight, bias, targets = parts()
+    rows.requires_grad_()
+    weight.requires_grad_(not frozen)
+    check = lambda r, w: token_logps(r, w, targets, bias, softcap=3.0, chunk=3)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(check, (rows, weight))
+
+
+@pytest.mark.parametrize("chunk", [2, None])
+def test_by_products_equal_those_of_whole_logits(chunk):
+    rows, weight, bias, targets = parts()
+    _, logits = naive(rows, weight, bias, targets, None)
+    _, stats = token_logps(rows, weight, targets, bias, stats=STATS, chunk=chunk)
+    p = torch.softmax(logits, -1)
+    assert torch.allclose(stats.entropy, -(p * p.log()).sum(-1))
+    assert torch.allclose(stats.mean_logit, logits.mean(-1))
+    assert torch.equal(stats.correct, logits.argmax(-1) == targets)
+    assert torch.allclose(stats.log_sum_square, p.square().sum(-1).log())
+    assert token_logps(rows, weight, targets, bias)[1].entropy is None
+
+
+def test_no_rows_have_zero_gradients():
+    rows, weight, _, targets = parts()
+    weight.requires_grad_()
+    logps, stats = token_logps(rows[:0], weight, targets[:0], stats=("entropy",))
+    logps.sum().backward()
+    assert logps.shape == (0,) and stats.entropy.shape == (0,) and not weight.grad.any()
+
+
+def test_bf16_is_near_and_autocast_decides_the_products():
+    rows, weight, bias, targets = parts(torch.float32)
+    exact, _ = naive(rows, weight, bias, targets, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = token_logps(rows, weight, targets, bias)
+    assert (
+        found.dtype == torch.float32
+        and torch.allclose(found, exact, atol=0.05)
+        and not torch.equal(found, exact)
+    )
+
+
+CONFIGS = {
+    "qwen2": {},
+    "gemma2": {"head_dim": 16, "final_logit_softcapping": 5.0},
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0},
+}
+
+
+def causal(kind: str, attn: str = "sdpa"):
+    attention.register()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, **CONFIGS[kind],
+    )  # fmt: skip
+    attn = "eager" if kind == "gemma2" else attn
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attn).eval()
+
+
+def sequences(seed: int = 0, many: int = 3, branches: int = 2):
+    rng = np.random.default_rng(seed)
+    ids = lambda low, high: rng.integers(1, 97, rng.integers(low, high)).astype(np.int32)  # noqa: E731
+    return [ids(1, 9) for _ in range(many)], [[ids(1, 9) for _ in range(many)] for _ in range(branches)]
+
+
+def expected_logps(model, layout) -> torch.Tensor:
+    """From the model's own logits of the padded layout."""
+    logits = model(input_ids=layout["input_ids"], attention_mask=layout["attention_mask"]).logits.float()
+    logits = logits[:, -layout["input_ids"].shape[1] :].flatten(0, 1)[layout["positions"]]
+    return torch.log_softmax(logits, -1).gather(1, layout["targets"][:, None]).squeeze(1)
+
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+          "key_index")  # fmt: skip
+
+
+def inside(model, layout) -> torch.Tensor:
+    inputs = {name: layout[name] for name in INPUTS if name in layout}
+    with LogpsHead(model, layout["input_ids"].shape[1], layout["positions"], layout["targets"]) as head:
+        model(**inputs, use_cache=False)
+    return head.logps
+
+
+ADAPTERS = {
+    "none": None,
+    "on the head": LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False
+    ),
+    "trained head": LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]
+    ),
+    "virtual tokens": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_inside_the_head_equals_the_models_own_logits(kind, adapter):
+    model = causal(kind)
+    if ADAPTERS[adapter] is not None:
+        model = get_peft_model(model, ADAPTERS[adapter]).eval()
+    layout = Layout(0)(*sequences())
+    assert torch.allclose(inside(model, layout), expected_logps(model, layout), atol=1e-5)
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("multiple", [None, 16])
+def test_shared_prompts_give_what_padded_rows_give(branches, checkpointing, multiple):
+    """Log-probs of every token, and the gradients of all parameters."""
+    prompts, completions = sequences(1, 4, branches)
+    found = []
+    for attn, how in (("sdpa", Layout(0)), (attention.NAME, Layout(0, True, True, multiple)),
+                      (attention.NAME, Layout(0, True, False, multiple))):  # fmt: skip
+        model = causal("qwen2", attn).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        layout = how(prompts, completions)
+        assert ("key_index" in layout) == (how.share_prompts and branches > 1)
+        logps = inside(model, layout)
+        order = np.lexsort((layout["ordinals"], layout["sequences"]))
+        (logps * (1 + layout["sequences"])).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        found.append((logps.detach()[order], gradients, layout["lengths"]))
+    for logps, gradients, lengths in found[1:]:
+        assert torch.allclose(logps, found[0][0], atol=1e-5)
+        assert torch.allclose(gradients, found[0][1], atol=1e-4)
+        assert torch.equal(lengths, found[0][2])
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_completion_without_prompt_is_judged_from_its_second_token(share):
+    ids = [np.array([5, 6, 7], dtype=np.int32), np.array([8, 9], dtype=np.int32)]
+    layout = Layout(0, True, share)([np.array([], dtype=np.int32)], [[ids[0]], [ids[1]]])
+    assert layout["targets"].tolist() == [6, 7, 9] and layout["sequences"].tolist() == [0, 0, 1]
+    assert layout["ends"].tolist() == [2, 4]
+    padded = Layout(0)([np.array([], dtype=np.int32)], [[ids[0]], [ids[1]]])
+    assert torch.allclose(
+        inside(causal("qwen2", attention.NAME), layout), inside(causal("qwen2"), padded), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("attn,layout", [("sdpa", Layout(0)), (attention.NAME, Layout(0, True, True))])
+def test_scores_are_read_at_the_last_token_whatever_it_is(attn, layout):
+    """Each sequence alone gives its score; transformers would look for the last token that is not the pad token."""
+    attention.register()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2", vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, num_labels=1,
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation=attn).eval()
+    prompts, completions = sequences(2, 3, 2)
+    completions[0][1][-1] = 0  # ends with the pad token
+    made = layout(prompts, completions)
+    with ScoreHead(model, made) as head:
+        model(**{name: made[name] for name in INPUTS if name in made}, use_cache=False)
+    pairs = [(p, c) for k in completions for p, c in zip(prompts, k, strict=True)]
+    alone = []
+    for p, c in pairs:
+        hidden = model.model(
+            input_ids=torch.from_numpy(np.concatenate((p, c)))[None].long()
+        ).last_hidden_state
+        alone.append(model.score(hidden[0, -1]))
+    assert torch.allclose(head.scores, torch.cat(alone), atol=1e-5)
+
+
+def test_a_meter_adds_up_keeps_extremes_and_survives_a_checkpoint():
+    meter, other = Meter(), Meter()
+    one = torch.tensor(1.0)
+    meter.add("loss", torch.tensor(6.0), torch.tensor(2.0))
+    meter.add("loss", torch.tensor(1.0), torch.tensor(5.0))
+    for value in (3.0, -4.0):
+        meter.most("high", one * value)
+        meter.least("low", one * value)
+    other.load(meter.state(), torch.device("cpu"))
+    found = other.take(lambda t: 2 * t, lambda t: torch.cat((t, t - 1)))  # as of two processes
+    assert found == {"loss": (14.0, 14.0), "high": (3.0, 1.0), "low": (-4.0, 1.0)}
+    assert other.take(lambda t: t, lambda t: t) == {} and meter.take(lambda t: t, lambda t: t)["low"] == (
+        -4.0,
+        1.0,
+    )
