@@ -29,7 +29,7 @@ from hydratune.tracking import (
 )
 
 log = logging.getLogger("hydratune")
-_VERIFIED_ROWS = 256  # held-out rows with a whole number as `answer` that are completed and verified at the end
+_VERIFIED_ROWS = 256  # held-out rows with an `answer` that are completed and verified at the end
 
 
 @dataclass
