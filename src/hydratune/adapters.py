@@ -43,15 +43,20 @@ def peft_config(fields: dict[str, Any] | None, task: str = "causal_lm") -> Any:
         ) from error
 
 
-def quantization(kind: str | None, dtype: torch.dtype) -> Any:
-    """The bitsandbytes config of '4bit' (NF4, double quantisation: QLoRA, arXiv:2305.14314) or '8bit'."""
+def quantization(kind: str | None, dtype: torch.dtype, task: str = "causal_lm") -> Any:
+    """The bitsandbytes config of '4bit' (NF4, double quantisation: QLoRA, arXiv:2305.14314) or '8bit'.
+
+    A reward model's score head is left as it is, because it is trained.
+    """
     if kind is None:
         return None
     from transformers import BitsAndBytesConfig
 
+    left: dict[str, Any] = {"llm_int8_skip_modules": ["score"]} if task == "reward" else {}
     if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, **left)
     return BitsAndBytesConfig(
+        **left,
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

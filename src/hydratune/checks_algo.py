@@ -118,8 +118,15 @@ def _reward_is_bounded(settings: RunSettings) -> Iterator[Problem]:
         yield Violation("algo.center_rewards_coefficient", value, why, "give 0 or more, e.g. 0.01")
 
 
+def _rows_have_one_length(settings: RunSettings) -> Iterator[Problem]:
+    if settings.algo_options.get("train_sampling_strategy") == "group_by_length":
+        why = "rows hold a prompt and completions, of which none is the row's length"
+        fix = "leave it out: sequences are laid end to end, so that nothing is padded"
+        yield Violation("trainer.train_sampling_strategy", "group_by_length", why, fix)
+
+
 RULES: dict[str, list[Callable[..., Iterator[Any]]]] = {
-    "reward": [_reward_is_bounded],
-    "dpo": [_reference_fits, _dpo_losses_fit],
-    "kto": [_reference_fits, _kto_can_estimate, _lengths_fit],
+    "reward": [_reward_is_bounded, _rows_have_one_length],
+    "dpo": [_reference_fits, _dpo_losses_fit, _rows_have_one_length],
+    "kto": [_reference_fits, _kto_can_estimate, _lengths_fit, _rows_have_one_length],
 }

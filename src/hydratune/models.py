@@ -169,7 +169,7 @@ def recipe_from(
         name_or_path=None if architecture else model.name_or_path,
         architecture=architecture,
         init_kwargs=model.init_kwargs,
-        quantization_config=adapters.quantization(model.quantization, dtype),
+        quantization_config=adapters.quantization(model.quantization, dtype, task),
         peft_config=peft_config,
         dtype=dtype,
         attn_implementation=attention,

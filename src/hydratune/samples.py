@@ -20,7 +20,6 @@ def split_prompt(row: dict[str, Any]) -> tuple[Any, str] | None:
     return None
 
 
-@torch.inference_mode()
 def complete(
     model: Any, tokenizer: Any, rows: list[dict[str, Any]], *, max_new_tokens: int
 ) -> list[dict[str, Any]]:
@@ -42,7 +41,21 @@ def complete(
         tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
         for text, (_, prompt, _) in zip(texts, asked, strict=True)
     ]
-    batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
+    completions = greedy(model, tokenizer, ids, max_new_tokens=max_new_tokens)
+    samples = []
+    for (row, _, reference), text, completion in zip(asked, texts, completions, strict=True):
+        beside = "undesirable" if row.get("label") is False else "reference"
+        sample = {"prompt": text, "completion": completion, beside: reference}
+        if "answer" in row:
+            sample["correct"] = verify(row, completion)
+        samples.append(sample)
+    return samples
+
+
+@torch.inference_mode()
+def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], *, max_new_tokens: int) -> list[str]:
+    """Greedy completions of prompts as token ids, in one left-padded batch."""
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
     was_training = model.training
     model.eval()
     output = model.generate(
@@ -53,12 +66,4 @@ def complete(
         pad_token_id=tokenizer.pad_token_id,
     )
     model.train(was_training)
-    completions = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    samples = []
-    for (row, _, reference), text, completion in zip(asked, texts, completions, strict=True):
-        beside = "undesirable" if row.get("label") is False else "reference"
-        sample = {"prompt": text, "completion": completion, beside: reference}
-        if "answer" in row:
-            sample["correct"] = verify(row, completion)
-        samples.append(sample)
-    return samples
+    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

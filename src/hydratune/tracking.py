@@ -176,16 +176,25 @@ class RunTracker:
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in metrics.items() if isinstance(v, int | float)}, step=step)
 
+    def _generations(self, rows: list[dict[str, Any]]) -> None:
+        """generations.jsonl, and a table in W&B."""
+        with (self._out / "generations.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._table("generations", rows)
+
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Keep sample completions: samples.jsonl, and a table in W&B."""
         with (self._out / "samples.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._table("samples", rows)
+
+    def _table(self, name: str, rows: list[dict[str, Any]]) -> None:
         if self._wandb is not None:
             import wandb
 
             columns = list(dict.fromkeys(key for row in rows for key in row))
             table = wandb.Table(columns=columns, data=[[row.get(c) for c in columns] for row in rows])
-            self._wandb.log({"samples": table})
+            self._wandb.log({name: table})
 
     def finish(self, status: str, summary: dict[str, Any]) -> None:
         """Close the W&B run with the summary; a failed upload is a line, not an error."""
@@ -214,6 +223,10 @@ class RunTracker:
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
                 if state.is_world_process_zero and logs:
                     tracker._record(dict(logs), state)
+
+            def on_generations(self, rows: list[dict[str, Any]]) -> None:
+                """Completions made during an evaluation: an event of our own trainers, on the main process."""
+                tracker._generations(rows)
 
         return _Metrics()
 

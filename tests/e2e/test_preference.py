@@ -102,6 +102,23 @@ def test_the_plan_shows_a_row_and_what_it_is_held_against(algo, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name != "hydratune-cache"]
 
 
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_policy_and_reference_are_shown_side_by_side(peft, tmp_path):
+    """With a high rate they part; the reference says the same at every evaluation."""
+    out = tmp_path / "run"
+    train(
+        "algo=dpo", f"peft={peft}", "data.size=128", "batch_size=8", "max_steps=6", "lr=1e-1", "tracking=offline",
+        "trainer.eval_strategy=steps", "trainer.eval_steps=3", "algo.generate_during_eval=true", "tracking.samples=0",
+        f"output_dir={out}", cwd=tmp_path,
+    )  # fmt: skip
+    rows = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [3] * 4 + [6] * 4
+    first, last = rows[:4], rows[4:]
+    assert [r["reference"] for r in first] == [r["reference"] for r in last]
+    assert all("What is" in r["prompt"] for r in rows)
+    assert [r["policy"] for r in last] != [r["reference"] for r in last]
+
+
 def test_an_imbalance_is_told_with_the_weights_that_mend_it(shared_data, tmp_path):
     """563 desirable and 1037 undesirable rows: the paper advises a desirable weight of 1.84 to 2.46."""
     line = [

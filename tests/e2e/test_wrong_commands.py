@@ -58,6 +58,11 @@ WRONG = [
     ("algo=dpo objective=eval_acuracy", "objective", "eval_rewards/accuracies"),
     ("algo=reward algo.center_rewards_coefficient=-1", "algo.center_rewards_coefficient", "0.01"),
     ("algo=reward objective=verified_accuracy", "objective", "eval_accuracy"),
+    (
+        "algo=dpo trainer.train_sampling_strategy=group_by_length",
+        "trainer.train_sampling_strategy",
+        "leave it out",
+    ),
     ("algo=reward algo.packing=true", "algo.packing", "algo."),
     ("model=tinny", "model", "did you mean 'tiny'?"),
     ("data=arithmetics", "data", "did you mean 'arithmetic'?"),

@@ -24,12 +24,14 @@ from hydratune.logps import LogpsHead, TokenStats, logps_of
 from hydratune.models import ModelRecipe
 from hydratune.packing import settle_padding
 from hydratune.reference import Reference, without_dropout
+from hydratune.samples import greedy
 from hydratune.settings import option
 
 _OF_THE_MODEL = (
     "input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
     "key_index",
 )  # fmt: skip
+_SHOWN, _NEW_TOKENS = 4, 64  # evaluation prompts that are completed, and how far
 _REFERENCE = "reference.pt"  # of a checkpoint, where the reference moves
 
 
@@ -60,7 +62,8 @@ class PolicyConfig(BaseConfig):
     ref_model_mixup_alpha: float = option(0.6, "The policy's share in the reference at a synchronisation.")
     ref_model_sync_steps: int = option(512, "Update steps between synchronisations.")
     generate_during_eval: bool = option(
-        False, "Complete some evaluation prompts with policy and reference at every evaluation."
+        False,
+        "Complete four evaluation prompts with policy and reference at every evaluation (generations.jsonl).",
     )
 
 
@@ -335,6 +338,37 @@ class PolicyTrainer(RowTrainer):
         return [str(self.args.bf16), str(self.args.fp16), self.args.max_length]
 
     # -- batches -------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if self.args.generate_during_eval and self.is_world_process_zero():
+            rows = self._generations([row for row, _ in zip(dataloader.dataset, range(_SHOWN), strict=False)])
+            for callback in self.callback_handler.callbacks:
+                if hasattr(callback, "on_generations"):
+                    callback.on_generations(rows)
+        return output
+
+    def _generations(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What policy and reference make of the first evaluation prompts; a precomputed reference is not there."""
+        tokenizer, policy = self.processing_class, self.accelerator.unwrap_model(self.model)
+        ids = [list(row["prompt_ids"]) for row in rows if len(row["prompt_ids"])]
+        if not ids:
+            return []
+        made = {"policy": greedy(policy, tokenizer, ids, max_new_tokens=_NEW_TOKENS)}
+        if self.reference is not None:
+            with self.reference.of(policy) as model:
+                made["reference"] = greedy(
+                    self.accelerator.unwrap_model(model), tokenizer, ids, max_new_tokens=_NEW_TOKENS
+                )
+        prompts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [
+            {
+                "step": self.state.global_step,
+                "prompt": prompt,
+                **{who: texts[i] for who, texts in made.items()},
+            }
+            for i, prompt in enumerate(prompts)
+        ]
 
     def count_tokens(self, layout: dict[str, Any], judged: Judged) -> None:
         """The metrics that do not depend on the loss: tokens, and the entropy where it was asked for."""
