@@ -20,6 +20,7 @@ FACTS: dict[str, tuple[tuple[str, ...], float]] = {
     "peak_memory_gib": (("peak_memory", "bytes"), 2.0**-30),
     "training_seconds": (("seconds", "training"), 1.0),
 }
+REWARD_ACCURACY = ("eval_rewards/accuracies", "eval_accuracy")  # shares of pairs or rows on the right side
 _LESS = re.compile(r"(loss|perplexity|seconds|runtime|memory_gib|entropy|kl|grad_norm|error)$")
 _MORE = re.compile(
     r"(accuracy|accuracies|reward|rewards?/\w+|margins?|per_second|score|win_rate|bleu|f1|mfu)$"

@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from hydratune.amounts import amount, duration
+from hydratune.objective import REWARD_ACCURACY
 
 
 def describe(logs: dict[str, Any]) -> str:
@@ -21,6 +22,7 @@ def describe(logs: dict[str, Any]) -> str:
         ("loss", "loss", "{:.4f}"),
         ("eval_loss", "eval loss", "{:.4f}"),
         ("eval_mean_token_accuracy", "accuracy", "{:.1%}"),
+        *((key, "reward accuracy", "{:.1%}") for key in REWARD_ACCURACY),
         ("learning_rate", "lr", "{:.1e}"),
     ):
         if isinstance(logs.get(key), int | float):
@@ -104,6 +106,9 @@ def final_table(summary: dict[str, Any], out_dir: Path, console: Console | None 
             table.add_row(name, f"{final[key]:.4f}" + (f"  (best {best:.4f})" if best < final[key] else ""))
     if "eval_mean_token_accuracy" in final:
         table.add_row("token accuracy", f"{final['eval_mean_token_accuracy']:.1%}")
+    for key in REWARD_ACCURACY:
+        if key in final:
+            table.add_row("reward accuracy", f"{final[key]:.1%}")
     if "verified_accuracy" in final:
         table.add_row("verified answers", f"{final['verified_accuracy']:.0%}")
     seconds = summary["seconds"]

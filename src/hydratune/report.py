@@ -17,11 +17,21 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from hydratune.amounts import amount, duration
+from hydratune.objective import REWARD_ACCURACY
 from hydratune.tracking import read_metrics
 
 # title, unit of the axis, the series drawn together
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Loss", ("loss", "eval_loss")),
+    ("Pairs or rows on the right side", ("rewards/accuracies", "eval_rewards/accuracies")),
+    ("Pairs told apart", ("accuracy", "eval_accuracy")),
+    ("Reward margin", ("rewards/margins", "eval_rewards/margins")),
+    ("Score margin", ("margin", "eval_margin")),
+    ("Reward of chosen", ("rewards/chosen", "eval_rewards/chosen")),
+    ("Reward of rejected", ("rewards/rejected", "eval_rewards/rejected")),
+    ("log π of chosen (nats)", ("logps/chosen", "eval_logps/chosen")),
+    ("log π of rejected (nats)", ("logps/rejected", "eval_logps/rejected")),
+    ("KL to the reference (nats)", ("kl", "eval_kl")),
     ("Token accuracy", ("mean_token_accuracy", "eval_mean_token_accuracy")),
     ("Entropy (nats)", ("entropy", "eval_entropy")),
     ("Learning rate", ("learning_rate",)),
@@ -173,6 +183,7 @@ def _headline(summary: dict[str, Any]) -> list[tuple[str, str]]:
             )
     if "eval_mean_token_accuracy" in final:
         shown.append(("token accuracy", f"{final['eval_mean_token_accuracy']:.1%}"))
+    shown += [("reward accuracy", f"{final[key]:.1%}") for key in REWARD_ACCURACY if key in final]
     if "verified_accuracy" in final:
         shown.append(("verified answers", f"{final['verified_accuracy']:.0%}"))
     if "steps" in summary:
