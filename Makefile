@@ -39,6 +39,7 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/sft.py
+	for algo in reward dpo kto; do $(BIN)/python bench/preference.py $$algo || exit 1; done
 
 clean:
 	rm -rf $(VENV)
