@@ -33,9 +33,9 @@ def resumed(typed: list[str]) -> list[str]:
         before = [a for a in before if _key(a) not in ("output_dir", "check", "sweep.name")]
         now = [a for a in typed if _key(a) != "resume" and a not in ("-m", "--multirun")]
         named = (
-            [] if "sweep.name" in mine else [f"sweep.name='{begun['name']}'"]
+            [] if "sweep.name" in mine or "name" not in begun else [f"sweep.name={text(begun['name'])}"]
         )  # also when its folder was renamed
-        return [*before, f"output_dir='{run}'", *named, *now]
+        return [*before, f"output_dir={text(str(run))}", *named, *now]
     saved = run / ".hydra" / "overrides.yaml"
     if not given or not saved.is_file():
         return typed

@@ -70,6 +70,12 @@ def in_child(make: Callable[[], T]) -> T:
     return value
 
 
+def outlive_parent() -> None:
+    """Take `die_with_parent` back, for a process that has others to end first."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def die_with_parent(parent: int) -> None:
     """Have the kernel kill this process when its parent ends (Linux)."""
     if not sys.platform.startswith("linux"):

@@ -352,6 +352,8 @@ class BaseTrainer(transformers.Trainer):
         """The loss with that of a mixture of experts' balance, which is a mean over micro-batches."""
         if not self.balances_experts:
             return loss
+        if getattr(outputs, "aux_loss", None) is None:  # of an evaluation, or of a model for scores
+            return loss
         aux = outputs.aux_loss.to(loss.device)
         self.meter.add("aux_loss", aux, torch.ones_like(aux))
         parts = self.current_gradient_accumulation_steps if num_items is not None else 1

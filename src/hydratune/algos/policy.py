@@ -197,6 +197,8 @@ class PolicyTrainer(RowTrainer):
         self._check_reference(given)
         if isinstance(given, str) or (given is None and args.ref_model_init_kwargs and self.recipe):
             given = self._load_reference(given)
+        if given is not None:  # batches are laid out for the policy's attention
+            given.set_attn_implementation(self.model.config._attn_implementation)
         if args.precompute_ref_log_probs:
             self._precompute(Reference(self.model, given, ours=not brought, lasting=False))
             return

@@ -16,7 +16,7 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from hydratune.held import CRASHED, die_with_parent
+from hydratune.held import CRASHED, die_with_parent, outlive_parent
 
 
 def main() -> int:
@@ -79,6 +79,7 @@ class Server:
             _kill_group(pid)
 
     def _start(self, key: int, packed: bytes) -> None:
+        outlive_parent()  # from now on the end of the connection ends the children's whole groups
         server = os.getpid()
         pid = os.fork()
         if pid:

@@ -132,7 +132,9 @@ class Job:
         except TimeoutError as error:
             from hydratune.sweep.study import Outcome
 
-            Outcome("crashed", reason=str(error), attempt=self.spec.attempt).write(directory)
+            Outcome("crashed", reason=str(error), attempt=self.spec.attempt, study=self.spec.uid).write(
+                directory
+            )
             return 1
         (directory / "result.json").unlink(missing_ok=True)
         os.environ.update(self.env)

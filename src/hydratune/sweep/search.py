@@ -44,7 +44,8 @@ class SamplerFactory:
 
     def __init__(self, name: str, options: Mapping[str, Any], seed: int):
         self.name, self._options = name, dict(options)
-        self._seed = int(self._options.pop("seed", None) or seed)  # each trial's sampler has one made from it
+        given = self._options.pop("seed", None)
+        self._seed = int(seed if given is None else given)  # each trial's sampler has one made from it
         self._kept: BaseSampler | None = None
 
     def make(self, n_trials: int) -> BaseSampler:

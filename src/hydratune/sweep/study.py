@@ -203,13 +203,14 @@ class Study:
     def _own_folder(self) -> None:
         """Its trials' folders must not hold another study's checkpoints and results."""
         mark = self.directory / _MARK
-        owner = mark.read_text(encoding="utf-8").strip() if mark.is_file() else self.uid
-        if owner != self.uid:
+        owner = mark.read_text(encoding="utf-8").strip() if mark.is_file() else ""
+        if owner and owner != self.uid:
             why = "this folder holds the trials of another study"
             fix = "give output_dir=… a folder of its own, or remove this one"
             raise UserError(Violation("output_dir", str(self.directory), why, fix))
         self.directory.mkdir(parents=True, exist_ok=True)
-        mark.write_text(f"{self.uid}\n", encoding="utf-8")
+        if not owner:
+            mark.write_text(f"{self.uid}\n", encoding="utf-8")
 
     def _enqueue(self) -> None:
         """The points of a grid in order, or the known good ones; those that are there already are left."""

@@ -203,7 +203,10 @@ class Supervisor:
             self.view.say(note)
 
         try:
-            before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+            wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # but not what nohup has turned off
+            before = {
+                n: signal.signal(n, handle) for n in wanted if signal.getsignal(n) is not signal.SIG_IGN
+            }
         except ValueError:  # not the main thread: whoever runs it there handles signals
             yield
             return
