@@ -50,7 +50,10 @@ def collect(rules: list[Callable[..., Iterator[Problem]]], *facts: Any) -> Findi
 
 def check_settings(settings: RunSettings) -> Findings:
     """The rules on values alone."""
-    return collect([*_SETTINGS_RULES, *checks_algo.RULES.get(settings.algo, ())], settings)
+    case = checks_algo.Case(
+        settings.algo_options, bool(settings.peft), settings.data.streaming, evaluates(settings)
+    )
+    return collect(_SETTINGS_RULES, settings).merge(collect(checks_algo.RULES.get(settings.algo, []), case))
 
 
 def evaluates(settings: RunSettings) -> bool:
@@ -365,7 +368,7 @@ def loggable(settings: RunSettings) -> list[str]:
     """Every metric that a run with these settings logs, and the facts of its summary."""
     logged = [*_LOGGED, *(constant(f"hydratune.algos.{settings.algo}", "METRICS") or ())]
     evaluation = [f"eval_{m}" for m in logged] if evaluates(settings) else []
-    generates = settings.data.source == "builtin" and settings.algo != "reward"
+    generates = evaluates(settings) and settings.algo != "reward"  # whether rows have an answer is seen later
     verified = ["verified_accuracy"] if generates else []
     return [*dict.fromkeys([*logged, *_LOGGED_IN_TRAINING, *evaluation, *verified, *FACTS])]
 

@@ -1,50 +1,67 @@
-"""The rules of single algorithms on values alone; as light as `checks.py`."""
+"""The rules of single algorithms on values alone, for the command line and for Python; as light as `checks.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from hydratune.errors import Violation, nearest
 from hydratune.options import constant
-from hydratune.settings import RunSettings
 
 Problem = Violation | str
 _OF_A_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 _SMOOTHED = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 
-def _positive(settings: RunSettings, *names: str) -> Iterator[Problem]:
+@dataclass(frozen=True)
+class Case:
+    """What the rules look at.
+
+    Attributes:
+        options: fields of the algorithm's config; one that is missing has its default.
+        adapter: train an adapter.
+        streaming: the training rows are a stream.
+        evaluates: there are evaluation rows.
+    """
+
+    options: Mapping[str, Any]
+    adapter: bool = False
+    streaming: bool = False
+    evaluates: bool = False
+
+
+def _positive(case: Case, *names: str) -> Iterator[Problem]:
     for name in names:
-        value = settings.algo_options.get(name)
+        value = case.options.get(name)
         if value is not None and value <= 0:
             yield Violation(f"algo.{name}", value, "is not above 0", "give a positive number")
 
 
-def _reference_fits(settings: RunSettings) -> Iterator[Problem]:
-    options = settings.algo_options
-    yield from _positive(settings, "beta", "precompute_ref_batch_size", "ref_model_sync_steps")
+def _reference_fits(case: Case) -> Iterator[Problem]:
+    options = case.options
+    yield from _positive(case, "beta", "precompute_ref_batch_size", "ref_model_sync_steps")
     share = options.get("ref_model_mixup_alpha")
     if share is not None and not 0 < share <= 1:
         yield Violation(
             "algo.ref_model_mixup_alpha", share, "is no share", "give a number above 0, at most 1"
         )
     if options.get("sync_ref_model"):
-        if settings.peft:
+        if case.adapter:
             why = "with an adapter the reference is the policy without it, which has nothing to follow with"
             yield Violation("algo.sync_ref_model", True, why, "use peft=none, or leave it out")
         if options.get("precompute_ref_log_probs"):
             why = "algo.precompute_ref_log_probs fixes the reference before training"
             yield Violation("algo.sync_ref_model", True, why, "keep one of the two")
-    if options.get("precompute_ref_log_probs") and settings.data.streaming:
+    if options.get("precompute_ref_log_probs") and case.streaming:
         why = "rows of a stream are not there before training"
         yield Violation(
             "algo.precompute_ref_log_probs", True, why, "use data.streaming=false, or leave it out"
         )
 
 
-def _dpo_losses_fit(settings: RunSettings) -> Iterator[Problem]:
-    options = settings.algo_options
+def _dpo_losses_fit(case: Case) -> Iterator[Problem]:
+    options = case.options
     given = options.get("loss_type", "sigmoid")
     losses, known = (
         [given] if isinstance(given, str) else list(given),
@@ -78,19 +95,25 @@ def _dpo_losses_fit(settings: RunSettings) -> Iterator[Problem]:
         yield Violation(
             "algo.f_divergence_type", divergence, why, f"use one of {', '.join(_OF_A_DIFFERENCE)}"
         )
+    sorted_ones = [name for name in losses if name in ("aot", "aot_unpaired")]
+    if options.get("use_weighting") and sorted_ones:
+        why = f"{sorted_ones[0]} compares sorted values, so that no loss belongs to one pair"
+        yield Violation("algo.use_weighting", True, why, "leave it out, or use another algo.loss_type")
     alpha = options.get("ld_alpha")
     if alpha is not None and not 0 <= alpha <= 1:
         yield Violation("algo.ld_alpha", alpha, "is no share", "give a number from 0 to 1, or null")
 
 
-def _kto_can_estimate(settings: RunSettings) -> Iterator[Problem]:
-    options = settings.algo_options
+def _kto_can_estimate(case: Case) -> Iterator[Problem]:
+    options = case.options
     yield from _positive(
-        settings, "desirable_weight", "undesirable_weight", "max_prompt_length", "max_completion_length"
+        case, "desirable_weight", "undesirable_weight", "max_prompt_length", "max_completion_length"
     )
     if options.get("loss_type", "kto") != "kto" or options.get("precompute_ref_log_probs"):
         return
-    keys = {"batch_size": "train", "trainer.per_device_eval_batch_size": "eval"}
+    keys = {"batch_size": "train"}
+    if case.evaluates:
+        keys["trainer.per_device_eval_batch_size"] = "eval"
     for key in [k for k, name in keys.items() if options.get(f"per_device_{name}_batch_size") == 1][:1]:
         yield Violation(
             key,
@@ -101,32 +124,37 @@ def _kto_can_estimate(settings: RunSettings) -> Iterator[Problem]:
         )
 
 
-def _lengths_fit(settings: RunSettings) -> Iterator[Problem]:
-    most = settings.algo_options.get("max_length", 1024)
+def _lengths_fit(case: Case) -> Iterator[Problem]:
+    most = case.options.get("max_length", 1024)
     if most is None:
         return
-    prompt = settings.algo_options.get("max_prompt_length")
+    prompt = case.options.get("max_prompt_length")
     if prompt is not None and prompt >= most:
         why = f"leaves no room for a completion in algo.max_length={most}"
         yield Violation("algo.max_prompt_length", prompt, why, "give less")
 
 
-def _reward_is_bounded(settings: RunSettings) -> Iterator[Problem]:
-    value = settings.algo_options.get("center_rewards_coefficient")
+def _reward_is_bounded(case: Case) -> Iterator[Problem]:
+    value = case.options.get("center_rewards_coefficient")
     if value is not None and value < 0:
         why = "would drive rewards away from zero"
         yield Violation("algo.center_rewards_coefficient", value, why, "give 0 or more, e.g. 0.01")
 
 
-def _rows_have_one_length(settings: RunSettings) -> Iterator[Problem]:
-    if settings.algo_options.get("train_sampling_strategy") == "group_by_length":
+def _reward_has_no_router(case: Case) -> Iterator[Problem]:
+    if case.options.get("router_aux_loss_coef"):
+        yield "algo.router_aux_loss_coef has no effect on a reward model, whose forward pass gives no balance loss"
+
+
+def _rows_have_one_length(case: Case) -> Iterator[Problem]:
+    if case.options.get("train_sampling_strategy") == "group_by_length":
         why = "rows hold a prompt and completions, of which none is the row's length"
         fix = "leave it out: sequences are laid end to end, so that nothing is padded"
         yield Violation("trainer.train_sampling_strategy", "group_by_length", why, fix)
 
 
 RULES: dict[str, list[Callable[..., Iterator[Any]]]] = {
-    "reward": [_reward_is_bounded, _rows_have_one_length],
+    "reward": [_reward_is_bounded, _reward_has_no_router, _rows_have_one_length],
     "dpo": [_reference_fits, _dpo_losses_fit, _rows_have_one_length],
     "kto": [_reference_fits, _kto_can_estimate, _lengths_fit, _rows_have_one_length],
 }

@@ -15,8 +15,12 @@ class Meter:
         self._sums: dict[str, torch.Tensor] = {}
         self._most: dict[str, torch.Tensor] = {}
 
-    def add(self, name: str, total: torch.Tensor, weight: torch.Tensor) -> None:
-        pair = torch.stack((total.detach().double(), weight.detach().double()))
+    def add(self, name: str, total: torch.Tensor, weight: torch.Tensor | int = 1) -> None:
+        """Add to a weighted sum; a plain number is filled in on the device, which does not wait for it."""
+        total = total.detach().double()
+        if not isinstance(weight, torch.Tensor):
+            weight = torch.full_like(total, weight)
+        pair = torch.stack((total, weight.detach().double()))
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def most(self, name: str, value: torch.Tensor) -> None:

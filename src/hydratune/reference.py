@@ -17,15 +17,18 @@ from torch import nn
 
 Kind = Literal["adapter off", "first adapter", "frozen copy", "given", "policy itself"]
 _FIRST = "reference"  # name of the adapter that is kept as it was
+_PART = 2**24
 
 
 def without_dropout(model: nn.Module) -> None:
     """Dropout off for good, in layers and in attention, so that policy and reference differ by their weights alone."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout_prob"):
-            if isinstance(getattr(module, name, None), float):
+        for name, value in vars(
+            module
+        ).items():  # attention_dropout, hidden_dropout, attn_pdrop, layerdrop, …
+            if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
 
 
@@ -89,10 +92,11 @@ class Reference:
             if self.kind == "adapter off" and parameter.requires_grad:
                 continue
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            flat = parameter.detach().flatten().double()
-            sums.append(
-                torch.stack((flat.sum(), flat.square().sum(), flat[:: max(1, len(flat) // 64)].sum()))
-            )
+            flat = parameter.detach().flatten()
+            sums.append(flat[:: max(1, len(flat) // 64)].double().sum())
+            for part in flat.split(_PART):  # no whole tensor in fp64
+                part = part.double()
+                sums += [part.sum(), part.square().sum()]
         digest.update(torch.stack([s.cpu() for s in sums]).numpy().tobytes())
         return digest.hexdigest()
 

@@ -16,6 +16,7 @@ from typing import Any
 from hydratune import checks, checks_model, held
 from hydratune.checkpoints import last_checkpoint
 from hydratune.errors import Interrupted, OutOfMemory, Pruned, UserError, Violation
+from hydratune.objective import named
 from hydratune.settings import RunSettings
 from hydratune.sweep.trial import current
 from hydratune.tracking import (
@@ -119,6 +120,7 @@ def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings)
         recipe = recipe_from(settings, peft_config, vocab_size=size, dtype=dtype, attention=chosen, task=task)
         ready = held.take(keys["data"], lambda: _data(settings, trainer_class, args, tokenizer))
         train, evaluation, eval_rows, reports = ready
+        _can_verify(settings, eval_rows)
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     made = plan.make(
         settings, args=args, tokenizer=tokenizer, outline=outline, recipe=recipe, trainer_class=trainer_class,
@@ -172,16 +174,30 @@ def _data(
     for name, rows in (("train", train_rows), ("eval", eval_rows)):
         if rows is None:
             continue
-        formatted[name] = format_rows(rows, data, where=name, goal=goal)
+        formatted[name] = format_rows(rows, data, where=name, goal=goal, seed=settings.seed)
         ready[name], reports[name] = trainer_class.prepare_rows(
             formatted[name], tokenizer, args, where=name, training=name == "train", cache=data.cache
         )
     few: list[dict[str, Any]] = []
     if "eval" in formatted and settings.tracking.samples:
         few = [row for row, _ in zip(formatted["eval"], range(_VERIFIED_ROWS), strict=False)]
-        if "answer" not in few[0]:  # else completions are verified, and more of them mean more
+        if not (
+            trainer_class.generates and "answer" in few[0]
+        ):  # else they are verified, and more of them mean more
             few = few[: settings.tracking.samples]
     return ready["train"], ready["eval"], few, reports
+
+
+def _can_verify(settings: RunSettings, rows: list[dict[str, Any]]) -> None:
+    asked = any(o.metric == "verified_accuracy" for o in named(settings.objective))
+    if asked and not (rows and "answer" in rows[0]):
+        why = (
+            "evaluation rows have no column answer with a whole number"
+            if rows
+            else "tracking.samples=0 makes none"
+        )
+        fix = "give rows with answers, set tracking.samples=8, or go by another metric, e.g. objective=eval_loss"
+        raise UserError(Violation("objective", settings.objective, why, fix))
 
 
 def _data_key(settings: RunSettings, args: Any, tokenizer: dict[str, Any]) -> str:

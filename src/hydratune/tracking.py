@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from hydratune.objective import Objective, named
+from hydratune.rowfile import append_rows
 from hydratune.settings import RunSettings
 
 log = logging.getLogger("hydratune")
@@ -178,14 +179,13 @@ class RunTracker:
 
     def _generations(self, rows: list[dict[str, Any]]) -> None:
         """generations.jsonl, and a table in W&B."""
-        with (self._out / "generations.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        append_rows(self._out / "generations.jsonl", rows)
         self._table("generations", rows)
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Keep sample completions: samples.jsonl, and a table in W&B."""
-        with (self._out / "samples.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self._out / "samples.jsonl").unlink(missing_ok=True)
+        append_rows(self._out / "samples.jsonl", rows)
         self._table("samples", rows)
 
     def _table(self, name: str, rows: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -154,6 +155,25 @@ def test_wrong_command(command, key, way_out, tmp_path, capsys):
     assert key in err and way_out in err
     assert "Traceback" not in out + err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "samples", "said"),
+    [("many", 4, "no column answer with a whole number"), ("3", 0, "tracking.samples=0 makes none")],
+)
+def test_an_accuracy_that_nothing_verifies(answer, samples, said, tmp_path, capsys):
+    """Whether rows have answers is known once they are read, before anything is trained."""
+    rows = [{"prompt": f"{i}?", "completion": f"{i}", "answer": answer} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "data.path=rows.jsonl",
+        "objective=verified_accuracy",
+        f"tracking.samples={samples}",
+        "output_dir=run",
+    ]
+    assert train.main(command) == 2
+    err = capsys.readouterr().err
+    assert said in err and "objective=eval_loss" in err and not (tmp_path / "run").exists()
 
 
 def test_everything_wrong_is_said_at_once(capsys, tmp_path):

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from hydratune import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, UserError
+from hydratune.algos.kto import with_fixed_pairs
 from hydratune.data.builtin import arithmetic
 from hydratune.models import ModelRecipe, byte_tokenizer
 
@@ -38,11 +40,11 @@ def rows(algo: str, count: int = 64) -> Dataset:
 
 def fixed_pairs(count: int = 64) -> Dataset:
     """Token ids with mismatched completions of their own, so that how a batch is cut does not change the pairs."""
-    options = KTOConfig(output_dir="unused", precompute_ref_log_probs=True, report_to=[], use_cpu=True)
+    options = KTOConfig(output_dir="unused", report_to=[], use_cpu=True)
     made, _ = KTOTrainer.prepare_rows(
         rows("kto", count), byte_tokenizer(), options, where="rows", cache=False
     )
-    return made
+    return with_fixed_pairs(made, seed=5)
 
 
 def recipe(attention: str = "hydratune_varlen", peft_config=None, task: str = "causal_lm") -> ModelRecipe:
@@ -287,31 +289,49 @@ SCRIPT = """
 import json, sys
 sys.path.insert(0, {tests!r})
 from test_preference_invariants import fixed_pairs, rows, trainer, trajectory
-algo, folder = sys.argv[1], sys.argv[2]
+algo, folder, resume, options = sys.argv[1], sys.argv[2], sys.argv[3] or None, json.loads(sys.argv[4])
 data = fixed_pairs() if algo == "kto" else rows(algo)
-run = trainer(algo, folder, data=data, per_device_train_batch_size=4, train_sampling_strategy="sequential",
-              ddp_backend="gloo", max_steps=4)
-found = trajectory(run)
+run = trainer(algo, folder, data=data, ddp_backend="gloo", **options)
+found = trajectory(run, resume)
 if run.args.process_index == 0:
     print("FOUND " + json.dumps(found))
 """
 
 
+def on_two_processes(folder: Path, algo: str, resume: str = "", **options) -> dict[str, list[float]]:
+    folder.mkdir()
+    script = folder / "run.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        str(script),
+    ]
+    done = subprocess.run(
+        [*command, algo, str(folder), resume, json.dumps(options)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.partition("FOUND ")[2].splitlines()[0])
+
+
 @pytest.mark.parametrize("algo", ["dpo", "kto", "reward"])
 def test_two_processes_equal_one(algo, tmp_path):
     """Batches of 4 on two processes (gloo) are one batch of 8: loss, gradient, KL and counters."""
-    from pathlib import Path
-
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    done = subprocess.run(
-        [*command, str(script), algo, str(tmp_path / "two")], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    two = json.loads(done.stdout.partition("FOUND ")[2].splitlines()[0])
+    options = {"train_sampling_strategy": "sequential", "max_steps": 4}
+    two = on_two_processes(tmp_path / "two", algo, per_device_train_batch_size=4, **options)
     data = fixed_pairs() if algo == "kto" else rows(algo)
-    one = trajectory(
-        trainer(algo, tmp_path / "one", data=data, train_sampling_strategy="sequential", max_steps=4)
-    )
-    same(one, two)
+    same(trajectory(trainer(algo, tmp_path / "one", data=data, **options)), two)
+
+
+def test_two_processes_resume_in_the_order_of_a_later_epoch(tmp_path):
+    options = {"num_train_epochs": 2, "max_steps": -1, "save_strategy": "steps", "save_steps": 12}
+    whole = on_two_processes(tmp_path / "a", "kto", per_device_train_batch_size=4, **options)
+    saved = str(tmp_path / "a" / "checkpoint-12")  # of 16 steps, in the second epoch
+    same(whole, on_two_processes(tmp_path / "b", "kto", saved, per_device_train_batch_size=4, **options))

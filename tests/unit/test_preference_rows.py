@@ -144,6 +144,18 @@ def test_pairs_are_taken_apart_and_shuffled_for_kto():
         Dataset.from_list(rows), byte_tokenizer(), args, where="rows", cache=False
     )
     assert again["completion_ids"][:] == made["completion_ids"][:]
+    # on the command line they are formatted first, and must be shuffled all the same
+    first = format_rows(
+        Dataset.from_list(rows), DataSettings(), where="rows", goal="unpaired", seed=args.seed
+    )
+    assert [row["label"] for row in first] == labels and first["label"][:] == labels
+    stream = format_rows(
+        Dataset.from_list(rows).to_iterable_dataset(), DataSettings(), where="rows", goal="unpaired", seed=3
+    )
+    found = [row["completion"] for row in stream]
+    assert (
+        len(found) == 100 and found != sorted(found, key=lambda c: (int(c[1:]), c)) and len({*found}) == 100
+    )
 
 
 BAD = {
@@ -187,6 +199,11 @@ BAD = {
         "preference",
         {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "big"},
         "column margin",
+    ),
+    "a margin without end": (
+        "preference",
+        {"prompt": "q", "chosen": "a", "rejected": "b", "margin": float("inf")},
+        "no finite number",
     ),
     "a user's end": (
         "unpaired",
@@ -294,6 +311,20 @@ def test_streams_and_token_ids_are_taken_too():
     assert made[0] == ids | {"label": True}
     with pytest.raises(UserError, match="the vocabulary has 259"):
         prepared([ids | {"completion_ids": [999]}], "unpaired", config(KTOConfig))
+    with pytest.raises(UserError, match=r"row 1, column kl_completion_ids: holds the token id 999"):
+        prepared([ids | {"kl_completion_ids": [999]}], "unpaired", config(KTOConfig))
+
+
+def test_a_value_that_some_rows_lack_is_told_by_row():
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    with pytest.raises(UserError, match=r"row 2, column margin: is empty"):
+        prepared([pair | {"margin": 1.0}, pair | {"margin": None}])
+    none, _ = prepared([pair | {"margin": None}] * 2)
+    assert "margin" not in none.column_names
+    ids = {"prompt_ids": [1], "completion_ids": [2, 3], "label": 1}
+    with pytest.raises(UserError, match=r"row 1, column kl_completion_ids: is empty"):
+        rows = [ids | {"kl_completion_ids": None}, ids | {"kl_completion_ids": [3]}]
+        prepared(rows, "unpaired", config(KTOConfig))
 
 
 @pytest.mark.parametrize("file", ["dpo_en", "kto_mix_pairs", "gsm8k_pairs"])
@@ -359,7 +390,8 @@ def test_batches_hold_both_classes_whenever_they_can(size):
     for _ in range(60):
         total = int(rng.integers(2, 60))
         labels = rng.permutation(np.arange(total) < rng.integers(1, total))
-        sampler = BothClassesSampler(labels, size, seed=3)
+        epoch = 0
+        sampler = BothClassesSampler(labels, size, 3, lambda: epoch)  # noqa: B023
         order = list(sampler)
         assert sorted(order) == list(range(total)) and order == list(sampler)
         batches = [labels[order[i : i + size]] for i in range(0, total, size)]
@@ -368,7 +400,7 @@ def test_batches_hold_both_classes_whenever_they_can(size):
         rare = min(labels.sum(), total - labels.sum())
         # a batch of one (the last) may have to take a row of the rarer class
         assert both >= min(wanted, rare - (wanted < len(batches))), (labels.sum(), total)
-        sampler.set_epoch(1)
+        epoch = 1
         assert sorted(sampler) == list(range(total))
         if total > 10:
             assert list(sampler) != order

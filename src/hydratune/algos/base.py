@@ -1,4 +1,4 @@
-"""What every algorithm shares: the arguments that all have, and a thin `transformers.Trainer`.
+"""What every algorithm shares: a thin `transformers.Trainer`.
 
 The trainer differs from its base in four ways: it keeps the recipe of its model, so that a pristine one can be built
 again; its metrics are token-weighted sums kept on the device and fetched when logged; its counters are part of a
@@ -13,9 +13,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -24,72 +24,15 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
 from hydratune import adapters, attention
+from hydratune.algos.arguments import BaseConfig, check_options, config_of, once
 from hydratune.checkpoints import COUNTERS
 from hydratune.errors import TrainingFailed, UserError, Violation
-from hydratune.fused_head import is_exact
+from hydratune.fused_head import base_of, is_exact
 from hydratune.meter import Meter, gpu_metrics
 from hydratune.models import ModelRecipe, load_tokenizer, settle_tokenizer
 from hydratune.packing import packs
-from hydratune.settings import option
 
 log = logging.getLogger("hydratune")
-
-
-@dataclass
-class BaseConfig(transformers.TrainingArguments):
-    """Fields common to all algorithms, on top of `transformers.TrainingArguments`."""
-
-    logging_steps: float = option(10, "Log every so many update steps; below 1, as a share of all steps.")
-    gradient_checkpointing: bool | None = option(
-        None, "Recompute activations; null: when the memory estimate needs it."
-    )  # type: ignore[assignment]
-    bf16: bool | None = option(None, "bf16 autocast; null: on a GPU that supports it.")  # type: ignore[assignment]
-    average_tokens_across_devices: bool = option(True, "Weight the loss by tokens over all devices.")
-    model_init_kwargs: dict[str, Any] | None = option(
-        None, "Passed to from_pretrained untouched, for every fresh model."
-    )
-    trust_remote_code: bool = option(False, "Run code that a model's repository brings.")
-    chat_template_path: str | None = option(
-        None, "A .jinja file, or a tokenizer's directory or id, whose chat template is used."
-    )
-    dataset_kwargs: dict[str, Any] | None = option(
-        None, "{skip_prepare_dataset: true} takes the rows as already prepared."
-    )
-    dataset_num_proc: int | None = option(None, "Processes that tokenise.")
-    eos_token: str | None = option(None, "Token that ends a text or completion; null: the tokenizer's.")
-    pad_token: str | None = option(None, "Token used to pad; null: the tokenizer's, else its EOS.")
-    pad_to_multiple_of: int | None = option(None, "Round the length of a batch up to this.")
-    activation_offloading: bool = option(
-        False, "Keep activations in host memory between forward and backward."
-    )
-    router_aux_loss_coef: float | None = option(
-        None, "Weight of a mixture-of-experts' balance loss; null: the model's."
-    )
-
-    def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = (
-                not self.use_cpu
-                and not self.fp16
-                and torch.cuda.is_available()
-                and torch.cuda.is_bf16_supported(including_emulation=False)
-            )
-        newer = "activation_checkpointing"  # its name since transformers 5.20; the older one warns there
-        asked = (
-            self.gradient_checkpointing
-            if self.gradient_checkpointing is not None
-            else getattr(self, newer, None)
-        )
-        self.auto_checkpointing = asked is None
-        if hasattr(self, newer):
-            self.gradient_checkpointing, self.activation_checkpointing = None, asked
-        super().__post_init__()
-
-    def use_checkpointing(self, on: bool) -> None:
-        self.gradient_checkpointing = on
-        if hasattr(self, "activation_checkpointing"):
-            self.activation_checkpointing = on
-        self.auto_checkpointing = False
 
 
 class BaseTrainer(transformers.Trainer):
@@ -107,11 +50,13 @@ class BaseTrainer(transformers.Trainer):
         UserError: arguments that cannot work together.
     """
 
+    algo: str = ""  # its name, under which `checks_algo` has its rules
     config_class: type[BaseConfig] = BaseConfig
     task: str = "causal_lm"  # the head of the model: `models.ModelRecipe.task`
     goal: str = "tokens"  # what its rows are: `data.format.format_rows`
     columns: tuple[str, ...] = ()  # of prepared rows, as the collator takes them
     sequences_per_row: int = 1  # that a row has in the forward pass with gradients
+    generates: bool = True  # whether its samples are completions of its own
 
     def __init__(
         self,
@@ -132,10 +77,16 @@ class BaseTrainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         self._formatting_func = formatting_func
-        args = self._arguments(_one("args", args, "config", config), model)
-        processing_class = _one("processing_class", processing_class, "tokenizer", tokenizer)
+        args = config_of(once("args", args, "config", config), self.config_class, model)
+        processing_class = once("processing_class", processing_class, "tokenizer", tokenizer)
         self.recipe = recipe
         self._make_model = model_init
+        self._peft_config, self._seed = peft_config, args.seed
+        adapter = peft_config is not None or hasattr(model, "peft_config")
+        streamed = isinstance(train_dataset, IterableDataset)
+        check_options(
+            self.algo, args, adapter=adapter, streaming=streamed, evaluates=eval_dataset is not None
+        )
         if isinstance(model, str):
             self.recipe = ModelRecipe(
                 name_or_path=model,
@@ -169,10 +120,8 @@ class BaseTrainer(transformers.Trainer):
         if isinstance(model, str) or model is None:
             model = self.fresh_model()
         elif peft_config is not None and recipe is None:
-            with torch.random.fork_rng():
-                torch.manual_seed(args.seed)
-                model = adapters.wrap(model, peft_config)
-        self.check_model(args, model)
+            model = self._wrapped(model, args.seed)
+        self.make_ready(model, args, processing_class)
         data_collator = data_collator or self.collator(args, processing_class, model)
         if args.auto_checkpointing:
             args.use_checkpointing(self._memory_needs_checkpointing(model, args))
@@ -180,7 +129,7 @@ class BaseTrainer(transformers.Trainer):
         self.num_tokens = 0
         self._window_start: float | None = None
         self._idle = 0.0
-        self._head_is_fused: bool | None = None  # until a forward pass has shown whether it may be
+        self._fused_heads: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # of models that were tried
         super().__init__(
             model=model,
             args=args,
@@ -252,25 +201,14 @@ class BaseTrainer(transformers.Trainer):
         """What the policy is held against, in words for the plan; "a frozen copy" takes the memory of one."""
         return None
 
-    def check_model(self, args: Any, model: Any) -> None:
-        """Raise UserError when this model cannot be trained with these arguments."""
+    def make_ready(self, model: Any, args: Any, tokenizer: Any) -> None:
+        """Settle what depends on the model, in the model or in the arguments; of every fresh model too.
+
+        Raises:
+            UserError: this model cannot be trained with these arguments.
+        """
 
     # -- model ---------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def _arguments(cls, args: Any, model: Any) -> Any:
-        if args is None:
-            name = (
-                model
-                if isinstance(model, str)
-                else getattr(getattr(model, "config", None), "_name_or_path", "") or "model"
-            )
-            return cls.config_class(output_dir=f"{Path(name).name}-{cls.__name__.removesuffix('Trainer')}")
-        if isinstance(args, cls.config_class):
-            return args
-        known = {f.name for f in fields(cls.config_class) if f.init}
-        plain = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
-        return cls.config_class(**plain)
 
     def _attention(self, args: Any, model: str) -> str | None:
         """The attention for a model that is loaded here, unless `model_init_kwargs` names one."""
@@ -296,7 +234,8 @@ class BaseTrainer(transformers.Trainer):
             UserError: the trainer was given an instance, of which no recipe is known.
         """
         if self._make_model is not None:
-            return self._make_model()
+            model = self._make_model()
+            return model if self._peft_config is None else self._wrapped(model, self._seed)
         if self.recipe is None:
             raise UserError(
                 Violation(
@@ -311,11 +250,21 @@ class BaseTrainer(transformers.Trainer):
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.hyperparameter_search`, with a fresh model for every trial."""
         self.fresh_model()  # fails here, with advice, rather than in the first trial
-        self.model_init = lambda trial=None: self.fresh_model()  # type: ignore[assignment]
+        self.model_init = self._ready_model  # type: ignore[assignment]
         try:
             return super().hyperparameter_search(*args, **kwargs)
         finally:
             self.model_init = None  # type: ignore[assignment]
+
+    def _ready_model(self, trial: Any = None) -> Any:
+        model = self.fresh_model()
+        self.make_ready(model, self.args, self.processing_class)
+        return model
+
+    def _wrapped(self, model: Any, seed: int) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return adapters.wrap(model, self._peft_config)
 
     # -- loss ------------------------------------------------------------------------------------------------------
 
@@ -325,15 +274,16 @@ class BaseTrainer(transformers.Trainer):
             return super().training_step(*args, **kwargs)
 
     def head_is_fused(self, model: Any) -> bool:
-        """Whether the loss may be computed inside the head; held against the model's own logits once."""
-        if self._head_is_fused is None:
-            self._head_is_fused = is_exact(model)
-            if not self._head_is_fused:
+        """Whether the loss may be computed inside the head; held against each model's own logits once."""
+        base = base_of(model)
+        if base not in self._fused_heads:
+            self._fused_heads[base] = is_exact(model)
+            if not self._fused_heads[base]:
                 log.warning(
                     "%s transforms its logits in a way of its own: the loss is computed from all of them",
                     type(model).__name__,
                 )
-        return self._head_is_fused
+        return self._fused_heads[base]
 
     def over_items(self, total: torch.Tensor, count: Any, num_items: Any) -> torch.Tensor:
         """A summed loss as the share of this micro-batch in the mean over the accumulated, cross-device batch.
@@ -342,8 +292,10 @@ class BaseTrainer(transformers.Trainer):
             count: items of the micro-batch.
             num_items: those of the accumulated batch, over devices too; None: `count`.
         """
-        weight = torch.as_tensor(count if num_items is None else num_items, device=total.device)
-        loss = total / weight.clamp(min=1)
+        items = count if num_items is None else num_items
+        loss = total / (
+            items.to(total.device).clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1)
+        )
         if num_items is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # data parallelism averages gradients over processes
         return loss
@@ -355,7 +307,7 @@ class BaseTrainer(transformers.Trainer):
         if getattr(outputs, "aux_loss", None) is None:  # of an evaluation, or of a model for scores
             return loss
         aux = outputs.aux_loss.to(loss.device)
-        self.meter.add("aux_loss", aux, torch.ones_like(aux))
+        self.meter.add("aux_loss", aux)
         parts = self.current_gradient_accumulation_steps if num_items is not None else 1
         return loss + self.args.router_aux_loss_coef * aux / parts
 
@@ -471,11 +423,3 @@ class BaseTrainer(transformers.Trainer):
                 folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
                 state = {"num_tokens": self.num_tokens, "window": self.meters["train"].state()}
                 (folder / COUNTERS).write_text(json.dumps(state))
-
-
-def _one(name: str, value: Any, old: str, old_value: Any) -> Any:
-    if value is not None and old_value is not None:
-        raise UserError(
-            Violation(name, None, f"given twice, as {name} and by its older name {old}", f"pass {name} alone")
-        )
-    return value if value is not None else old_value

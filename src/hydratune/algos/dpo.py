@@ -70,6 +70,7 @@ class DPOTrainer(PolicyTrainer):
         train_dataset, eval_dataset: rows with chosen and rejected, plain or conversational, with or without prompt.
     """
 
+    algo = "dpo"
     config_class = DPOConfig
     goal = "preference"
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
@@ -154,7 +155,7 @@ class DPOTrainer(PolicyTrainer):
         if args.use_weighting:
             losses = losses * self._likelihood(judged, layout, tokens)
         total = losses.sum()
-        self.meter.add("loss", total, torch.tensor(pairs, device=total.device))
+        self.meter.add("loss", total, pairs)
         loss = self.over_items(total, pairs, num_items_in_batch)
         loss = self.with_balance(loss, judged.outputs, num_items_in_batch)
         rewards = args.beta * torch.stack((chosen, rejected), dim=1).detach()
@@ -201,7 +202,7 @@ class DPOTrainer(PolicyTrainer):
 
     def _count(self, judged: Judged, layout: dict[str, Any], rewards: torch.Tensor) -> None:
         self.count_tokens(layout, judged)
-        pairs = torch.tensor(len(rewards), device=rewards.device)
+        pairs = len(rewards)
         margins = rewards[:, 0] - rewards[:, 1]
         self.meter.add("rewards/accuracies", (margins > 0).sum(), pairs)
         self.meter.add("rewards/margins", margins.sum(), pairs)

@@ -58,6 +58,7 @@ class KTOTrainer(PolicyTrainer):
             or pairs of chosen and rejected, which are taken apart.
     """
 
+    algo = "kto"
     config_class = KTOConfig
     goal = "unpaired"
     columns = ("prompt_ids", "completion_ids", "label", "kl_completion_ids", "ref_logps", "ref_kl_logps")
@@ -78,13 +79,14 @@ class KTOTrainer(PolicyTrainer):
             return made, report
         if training:
             _check_classes(report, args, where)
-        if (
-            args.estimates_kl
-            and args.precompute_ref_log_probs
-            and "kl_completion_ids" not in made.column_names
-        ):
-            made = _with_fixed_pairs(made, args.seed, where)
         return made, report
+
+    def _with_reference(self, rows: Any, identity: str) -> Any:
+        """Precomputed log-probs of mismatched pairs need pairs that stay: they are made over all rows."""
+        known = getattr(rows, "column_names", None) or ()
+        if self.args.estimates_kl and not {"kl_completion_ids", "ref_kl_logps"} & {*known}:
+            rows = with_fixed_pairs(rows, self.args.seed)
+        return super()._with_reference(rows, identity)
 
     def rows_of(self, batch: dict[str, Any]) -> int:
         return len(batch["desirable"])
@@ -96,7 +98,8 @@ class KTOTrainer(PolicyTrainer):
         if not isinstance(rows, datasets.Dataset) or isinstance(sampler, SequentialSampler | None):
             return sampler
         labels = rows.with_format("arrow")["label"].to_numpy(zero_copy_only=False)
-        return BothClassesSampler(labels, self._train_batch_size, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return BothClassesSampler(labels, self._train_batch_size, seed, lambda: int(self.state.epoch or 0))
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
         """The batches of an update step, each with the KL over all of them."""
@@ -117,7 +120,7 @@ class KTOTrainer(PolicyTrainer):
         for batch in batches:
             if "mismatched" not in batch:
                 continue
-            with self.accelerator.autocast():
+            with self.without_dropout(), self.accelerator.autocast():
                 policy = self.judge(self.model, batch["mismatched"]).logps
             if "ref_kl_logps" in batch:
                 reference = batch["ref_kl_logps"]
@@ -125,7 +128,8 @@ class KTOTrainer(PolicyTrainer):
                 batch["ref_logps"], reference = self.judge_by_reference(batch["both"]).chunk(2)
             else:
                 reference = self.judge_by_reference(batch["mismatched"])
-            sums += torch.stack(((policy - reference).double().sum(), sums.new_tensor(len(policy))))
+            difference = (policy - reference).double().sum()
+            sums += torch.stack((difference, torch.full_like(difference, len(policy))))
         total, count = self._sum_over_processes(sums)
         kl = (total / count.clamp(min=1)).clamp(min=0).float()
         for batch in batches:
@@ -173,14 +177,12 @@ class KTOTrainer(PolicyTrainer):
             undesirable_weight=args.undesirable_weight,
         )
         total, rows = losses.sum(), len(losses)
-        self.meter.add("loss", total, torch.tensor(rows, device=total.device))
+        self.meter.add("loss", total, rows)
         if args.estimates_kl:
-            self.meter.add("kl", kl, torch.ones_like(kl))
+            self.meter.add("kl", kl * rows, rows)
         rewards = args.beta * ratios.detach()
         above = rewards > args.beta * kl  # where the loss has its middle
-        self.meter.add(
-            "rewards/accuracies", (above == desirable).sum(), torch.tensor(rows, device=above.device)
-        )
+        self.meter.add("rewards/accuracies", (above == desirable).sum(), rows)
         self._count(judged, layout, rewards, desirable)
         loss = self.over_items(total, rows, num_items_in_batch)
         loss = self.with_balance(loss, judged.outputs, num_items_in_batch)
@@ -225,11 +227,14 @@ def _check_classes(report: Any, args: Any, where: str) -> None:
         )
 
 
-def _with_fixed_pairs(rows: datasets.Dataset, seed: int, where: str) -> datasets.Dataset:
+def with_fixed_pairs(rows: Any, seed: int) -> Any:
     """Each row with another row's completion, so that the reference's log-probs of mismatched pairs can be kept too."""
+    if not isinstance(rows, datasets.Dataset):
+        return rows
     if len(rows) < 2:
         why = "there is one row, and a mismatched pair needs two"
-        raise UserError(Violation(where, None, why, "give more rows, or algo.loss_type=apo_zero_unpaired"))
+        fix = "give more rows, or algo.loss_type=apo_zero_unpaired"
+        raise UserError(Violation("algo.precompute_ref_log_probs", True, why, fix))
     table = rows.with_format("arrow")[:]
     prompts = [np.asarray(p).tobytes() for p in table["prompt_ids"].to_pylist()]
     completions = table["completion_ids"].combine_chunks()

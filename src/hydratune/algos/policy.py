@@ -6,7 +6,8 @@ logits of all tokens never exist; losses are means over the rows of the accumula
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
-from hydratune.algos.base import BaseConfig, BaseTrainer
+from hydratune.algos.arguments import BaseConfig
+from hydratune.algos.base import BaseTrainer
 from hydratune.data.cache import cached, rows_fingerprint
 from hydratune.errors import UserError, Violation
 from hydratune.fused_head import rows_at
@@ -24,6 +26,7 @@ from hydratune.logps import LogpsHead, TokenStats, logps_of
 from hydratune.models import ModelRecipe
 from hydratune.packing import settle_padding
 from hydratune.reference import Reference, without_dropout
+from hydratune.rowfile import append_rows
 from hydratune.samples import greedy
 from hydratune.settings import option
 
@@ -96,13 +99,18 @@ class RowTrainer(BaseTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """Rows (not labels) of the accumulated batch, over all devices."""
-        rows = torch.tensor(sum(map(self.rows_of, batch_samples)), device=device)
+        rows = torch.full((), sum(map(self.rows_of, batch_samples)), device=device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             rows = self.accelerator.reduce(rows, reduction="sum")
         return rows
 
     def rows_of(self, batch: dict[str, Any]) -> int:
         raise NotImplementedError
+
+    def make_ready(self, model: Any, args: Any, tokenizer: Any) -> None:
+        settle_padding(args, model)
+        if args.disable_dropout:
+            without_dropout(model)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -151,7 +159,6 @@ class PolicyTrainer(RowTrainer):
         recipe: ModelRecipe | None = None,
         **older_names: Any,
     ) -> None:
-        brought = hasattr(model, "peft_config") and peft_config is None
         super().__init__(
             model,
             args,
@@ -170,10 +177,9 @@ class PolicyTrainer(RowTrainer):
             recipe=recipe,
             **older_names,
         )
-        if self.args.disable_dropout:
-            without_dropout(self.model)
+        self._brings_adapter = self.recipe is None and peft_config is None  # if there is one
         self.reference: Reference | None = None
-        self._set_reference(ref_model, brought)
+        self._set_reference(ref_model)
 
     # -- model ---------------------------------------------------------------------------------------------------
 
@@ -183,30 +189,39 @@ class PolicyTrainer(RowTrainer):
             return "the policy as it starts, its log-probs computed before training"
         return "the policy with its adapter off" if adapter else "a frozen copy"
 
-    def fresh_model(self) -> Any:
-        model = super().fresh_model()
-        if getattr(self, "args", None) is not None and self.args.disable_dropout:
-            without_dropout(model)
-        return model
-
-    def check_model(self, args: Any, model: Any) -> None:
-        settle_padding(args, model)
-
-    def _set_reference(self, given: Any, brought: bool) -> None:
-        args = self.args
+    def _set_reference(self, given: Any) -> None:
+        args, ours = self.args, not self._brings_adapter
         self._check_reference(given)
         if isinstance(given, str) or (given is None and args.ref_model_init_kwargs and self.recipe):
             given = self._load_reference(given)
         if given is not None:  # batches are laid out for the policy's attention
             given.set_attn_implementation(self.model.config._attn_implementation)
         if args.precompute_ref_log_probs:
-            self._precompute(Reference(self.model, given, ours=not brought, lasting=False))
+            self._precompute(Reference(self.model, given, ours=ours, lasting=False))
             return
-        self.reference = Reference(self.model, given, ours=not brought)
+        self.reference = Reference(self.model, given, ours=ours)
         if self.reference.model is not None:
             self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
         if args.sync_ref_model:
+            self._first_reference = _on_host(self._moving_reference()) if given is not None else None
             self.add_callback(_Follow(self))
+
+    def _ready_model(self, trial: Any = None) -> Any:
+        """A trial's fresh policy, and the reference as it is before training."""
+        model = super()._ready_model(trial)
+        if self.reference is None:  # its log-probs stand in the rows
+            return model
+        if self.reference.model is None:
+            self.reference = Reference(model, ours=not self._brings_adapter)
+        elif self.reference.kind == "frozen copy":
+            self._moving_reference().load_state_dict(model.state_dict())
+        elif self.args.sync_ref_model:
+            self._moving_reference().load_state_dict(self._first_reference)
+        return model
+
+    def _moving_reference(self) -> Any:
+        assert self.reference is not None
+        return self.accelerator.unwrap_model(self.reference.model)
 
     def _check_reference(self, given: Any) -> None:
         args, wrong = self.args, []
@@ -224,7 +239,27 @@ class PolicyTrainer(RowTrainer):
             wrong.append(
                 Violation("ref_model", "model", "is the policy itself, and would be trained", "leave it out")
             )
+        if (
+            args.ref_model_init_kwargs
+            and not isinstance(given, str)
+            and (given is not None or self.recipe is None)
+        ):
+            what = (
+                "the reference is given as an instance" if given is not None else "the policy is an instance"
+            )
+            fix = "pass the id or directory of ref_model, or leave them out"
+            wrong.append(
+                Violation(
+                    "ref_model_init_kwargs",
+                    args.ref_model_init_kwargs,
+                    f"{what}, so that none is loaded",
+                    fix,
+                )
+            )
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.is_fsdp_enabled and args.sync_ref_model:
+            why = "a reference that follows a sharded policy cannot be saved here"
+            wrong.append(Violation("algo.sync_ref_model", True, why, "leave it out, or train without FSDP"))
         if sharded and (args.precompute_ref_log_probs or (self.is_deepspeed_enabled and not adapter)):
             what = "precompute_ref_log_probs" if args.precompute_ref_log_probs else "ref_model"
             wrong.append(
@@ -262,7 +297,7 @@ class PolicyTrainer(RowTrainer):
         """
         inputs = self.inputs_of(layout)
         length, positions, targets = inputs["input_ids"].shape[1], layout["positions"], layout["targets"]
-        if self.head_is_fused(self.model):
+        if self.head_is_fused(model):
             with LogpsHead(model, length, positions, targets, stats) as head:
                 outputs = model(**inputs, use_cache=False)
             per_token, made = head.logps, head.stats
@@ -270,6 +305,18 @@ class PolicyTrainer(RowTrainer):
             outputs = model(**inputs, use_cache=False)
             per_token, made = logps_of(rows_at(outputs.logits, length, positions), targets, stats)
         return Judged(per_token, self.summed(per_token, layout), made, outputs)
+
+    @contextmanager
+    def without_dropout(self) -> Iterator[None]:
+        """A forward pass without noise in the midst of training: for the reference, and for what is estimated."""
+        noisy = [] if self.args.disable_dropout else [m for m in self.model.modules() if m.training]
+        for module in noisy:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in noisy:
+                module.training = True
 
     def summed(self, per_token: torch.Tensor, layout: dict[str, Any]) -> torch.Tensor:
         """log π of each sequence, [S], from those of its tokens, [N]."""
@@ -279,7 +326,7 @@ class PolicyTrainer(RowTrainer):
         """log π_ref of each sequence, [S]."""
         assert self.reference is not None
         policy = self.accelerator.unwrap_model(self.model)
-        with self.reference.of(policy) as model, self.accelerator.autocast():
+        with self.without_dropout(), self.reference.of(policy) as model, self.accelerator.autocast():
             return self.judge(model, layout).logps
 
     def reference_columns(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -333,7 +380,12 @@ class PolicyTrainer(RowTrainer):
             "columns": self.REFERENCE_COLUMNS,
             "how": self.reference_key(),
         }
-        return cached(key, build)[0]
+        return cached(key, build, agreed=self._all_agree)[0]
+
+    def _all_agree(self, yes: bool) -> bool:
+        """Whether it is so in every process."""
+        count = torch.full((), int(yes), device=self.args.device)
+        return int(self.accelerator.reduce(count, reduction="sum")) == self.accelerator.num_processes
 
     def reference_key(self) -> list[Any]:
         """What else decides the precomputed log-probs."""
@@ -345,9 +397,11 @@ class PolicyTrainer(RowTrainer):
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         if self.args.generate_during_eval and self.is_world_process_zero():
             rows = self._generations([row for row, _ in zip(dataloader.dataset, range(_SHOWN), strict=False)])
-            for callback in self.callback_handler.callbacks:
-                if hasattr(callback, "on_generations"):
-                    callback.on_generations(rows)
+            told = [c for c in self.callback_handler.callbacks if hasattr(c, "on_generations")]
+            for callback in told:
+                callback.on_generations(rows)
+            if not told:
+                append_rows(Path(self.args.output_dir) / "generations.jsonl", rows)
         return output
 
     def _generations(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -375,10 +429,9 @@ class PolicyTrainer(RowTrainer):
     def count_tokens(self, layout: dict[str, Any], judged: Judged) -> None:
         """The metrics that do not depend on the loss: tokens, and the entropy where it was asked for."""
         tokens = layout["lengths"].sum()
-        self.meter.add("num_tokens", tokens, torch.ones_like(tokens))
+        self.meter.add("num_tokens", tokens)
         if judged.stats.entropy is not None:
-            count = torch.tensor(len(judged.per_token), device=tokens.device)
-            self.meter.add("entropy", judged.stats.entropy.sum(), count)
+            self.meter.add("entropy", judged.stats.entropy.sum(), len(judged.per_token))
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -386,7 +439,7 @@ class PolicyTrainer(RowTrainer):
         if self.args.sync_ref_model and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.accelerator.unwrap_model(self.reference.model).state_dict(), folder / _REFERENCE)  # type: ignore[union-attr]
+            torch.save(self._moving_reference().state_dict(), folder / _REFERENCE)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -394,7 +447,7 @@ class PolicyTrainer(RowTrainer):
         saved = Path(resume_from_checkpoint) / _REFERENCE
         if self.args.sync_ref_model and saved.is_file():
             state = torch.load(saved, map_location=self.args.device, weights_only=True)
-            self.accelerator.unwrap_model(self.reference.model).load_state_dict(state)  # type: ignore[union-attr]
+            self._moving_reference().load_state_dict(state)
 
 
 class _Follow(TrainerCallback):
@@ -409,6 +462,10 @@ class _Follow(TrainerCallback):
             reference = self.trainer.reference
             assert reference is not None
             reference.follow(unwrap(self.trainer.model), args.ref_model_mixup_alpha)
+
+
+def _on_host(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
 
 
 def by_sequence(values: torch.Tensor, layout: dict[str, Any]) -> torch.Tensor:

@@ -6,6 +6,7 @@ end of a turn does no harm; and the head is applied there alone.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from hydratune.algos.base import BaseConfig
+from hydratune.algos.arguments import BaseConfig
 from hydratune.algos.policy import RowTrainer
 from hydratune.data.collate_preference import PreferenceCollator
 from hydratune.data.pipeline import prepare_preference
@@ -22,8 +23,7 @@ from hydratune.data.tokenize_preference import PreferenceOptions, tokenize_prefe
 from hydratune.errors import UserError, Violation
 from hydratune.losses import reward_loss
 from hydratune.models import ModelRecipe
-from hydratune.packing import layout_for, settle_padding
-from hydratune.reference import without_dropout
+from hydratune.packing import layout_for
 from hydratune.score import ScoreHead, score_head
 from hydratune.settings import option
 
@@ -61,9 +61,11 @@ class RewardTrainer(RowTrainer):
         UserError: the model has no score head with one label, or the data cannot work.
     """
 
+    algo = "reward"
     config_class = RewardConfig
     task = "reward"
     goal = "preference"
+    generates = False
     columns = ("prompt_ids", "chosen_ids", "rejected_ids", "margin")
     sequences_per_row = 2
 
@@ -106,7 +108,7 @@ class RewardTrainer(RowTrainer):
             **older_names,
         )
 
-    def check_model(self, args: Any, model: Any) -> None:
+    def make_ready(self, model: Any, args: Any, tokenizer: Any) -> None:
         head = score_head(model)
         if head is None or getattr(model.config, "num_labels", 1) != 1:
             found = f"{model.config.num_labels} labels" if head is not None else "no score head"
@@ -118,12 +120,10 @@ class RewardTrainer(RowTrainer):
                     "pass an id or directory, or load it with AutoModelForSequenceClassification and num_labels=1",
                 )
             )
-        settle_padding(args, model)
-        if args.disable_dropout:
-            without_dropout(model)
+        super().make_ready(model, args, tokenizer)
+        model.config.pad_token_id = tokenizer.pad_token_id  # without which it refuses batches
 
     def collator(self, args: Any, tokenizer: Any, model: Any) -> PreferenceCollator:
-        model.config.pad_token_id = tokenizer.pad_token_id
         return PreferenceCollator(layout_for(args, tokenizer, model))
 
     @classmethod
@@ -144,10 +144,18 @@ class RewardTrainer(RowTrainer):
 
     @torch.no_grad()
     def samples(self, rows: list[dict[str, Any]], *, max_new_tokens: int) -> list[dict[str, Any]]:
-        """The answers of pairs with their scores; nothing is generated."""
-        options = PreferenceOptions("preference", self.args.max_length)
-        made, _ = tokenize_preference(to_dataset(rows), self.processing_class, options, where="samples")
-        batch = self._prepare_inputs(self.data_collator([*made]))
+        """The answers of pairs with their scores; nothing is generated. Pairs that are too long are left out."""
+        options = PreferenceOptions("preference", None)
+        pairs, _ = tokenize_preference(to_dataset(rows), self.processing_class, options, where="samples")
+        most = self.args.max_length or math.inf
+        made = [
+            p
+            for p in pairs
+            if len(p["prompt_ids"]) + max(map(len, (p["chosen_ids"], p["rejected_ids"]))) <= most
+        ]
+        if not made:
+            return []
+        batch = self._prepare_inputs(self.data_collator(made))
         training = self.model.training
         self.model.eval()
         with self.accelerator.autocast():
@@ -187,17 +195,16 @@ class RewardTrainer(RowTrainer):
         chosen, rejected = scores.chunk(2)
         losses = reward_loss(chosen, rejected, inputs.get("margin"), self.args.center_rewards_coefficient)
         total, pairs = losses.sum(), len(losses)
-        count = torch.tensor(pairs, device=total.device)
         tokens = layout["lengths"].sum()
         with torch.no_grad():
             difference = chosen - rejected
-            self.meter.add("loss", total, count)
-            self.meter.add("accuracy", (difference > 0).sum(), count)
-            self.meter.add("margin", difference.sum(), count)
-            self.meter.add("mean_reward", scores.sum(), 2 * count)
+            self.meter.add("loss", total, pairs)
+            self.meter.add("accuracy", (difference > 0).sum(), pairs)
+            self.meter.add("margin", difference.sum(), pairs)
+            self.meter.add("mean_reward", scores.sum(), 2 * pairs)
             self.meter.most("max_reward", scores.max())
             self.meter.least("min_reward", scores.min())
-            self.meter.add("num_tokens", tokens, torch.ones_like(tokens))
+            self.meter.add("num_tokens", tokens)
         loss = self.over_items(total, pairs, num_items_in_batch)
         loss = self.with_balance(loss, outputs, num_items_in_batch)
         if not return_outputs:

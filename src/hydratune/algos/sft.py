@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hydratune import attention
-from hydratune.algos.base import BaseConfig, BaseTrainer
+from hydratune.algos.arguments import BaseConfig
+from hydratune.algos.base import BaseTrainer
 from hydratune.data.collate import SFTCollator
 from hydratune.data.pipeline import prepare
 from hydratune.errors import UserError, Violation
@@ -117,7 +118,7 @@ class SFTTrainer(BaseTrainer):
         packing = args.packing if training or args.eval_packing is None else args.eval_packing
         return prepare(rows, tokenizer, args, packing=packing, where=where, **how)
 
-    def check_model(self, args: Any, model: Any) -> None:
+    def make_ready(self, model: Any, args: Any, tokenizer: Any) -> None:
         name = model.config._attn_implementation
         if (args.packing or args.padding_free) and not attention.exact_when_packed(name):
             raise UserError(

@@ -26,7 +26,7 @@ def directory() -> Path:
 
 
 def cached(
-    key_parts: dict[str, Any], build: Build, *, cache: bool = True
+    key_parts: dict[str, Any], build: Build, *, cache: bool = True, agreed: Callable[[bool], bool] = bool
 ) -> tuple[datasets.Dataset, dict[str, Any], bool]:
     """What `build` gives, from disk when it was made before.
 
@@ -34,6 +34,7 @@ def cached(
         key_parts: JSON values that decide the result; this package's sources are added.
         build: makes the data set and its report (JSON values).
         cache: false neither reads nor writes.
+        agreed: of processes that build together, whether all have found it.
 
     Returns:
         The data set, its report, and whether it came from disk.
@@ -42,7 +43,8 @@ def cached(
         return *build(), False
     text = json.dumps({**key_parts, "code": _code()}, sort_keys=True)
     entry = directory() / hashlib.sha256(text.encode()).hexdigest()
-    if (found := _read(entry)) is not None:
+    found = _read(entry)
+    if agreed(found is not None) and found is not None:
         return *found, True
     dataset, report = build()
     try:

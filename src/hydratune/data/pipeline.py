@@ -122,16 +122,18 @@ def prepare_preference(
         num_proc=args.dataset_num_proc,
     )
     rows = format_rows(
-        dataset, settings or DataSettings(), where=where, formatting_func=formatting_func, goal=goal
+        dataset,
+        settings or DataSettings(),
+        where=where,
+        formatting_func=formatting_func,
+        goal=goal,
+        seed=args.seed,
     )
-    unpaired = goal == "unpaired" and isinstance(rows, datasets.Dataset) and len(rows) != len(dataset)
-    seed = args.seed if unpaired else None
 
     def build() -> tuple[Any, DataReport]:
-        made, report = tokenize_preference(rows, tokenizer, options, where=where)
-        return (made if seed is None else made.shuffle(seed=seed)), report
+        return tokenize_preference(rows, tokenizer, options, where=where)
 
-    return _kept(rows, tokenizer, {"options": vars(options), "shuffle": seed}, build, cache)
+    return _kept(rows, tokenizer, {"options": vars(options)}, build, cache)
 
 
 def _kept(

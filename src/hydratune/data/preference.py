@@ -7,6 +7,7 @@ boolean, 0 and 1, or text; a transcript is one text. All become `prompt`, `chose
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -209,7 +210,9 @@ def _with_system(prompt: Any, completions: dict[str, Any], system_prompt: str | 
 
 def _number(value: Any, name: str, faults: Faults) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        faults.add(name, f"is {value!r}, not a number", "give a number")
-        return 0.0
+        number = math.nan
+    if not math.isfinite(number):
+        faults.add(name, f"is {value!r}, no finite number", "give a number")
+    return number

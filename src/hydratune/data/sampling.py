@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -18,19 +18,23 @@ class BothClassesSampler(Sampler[int]):
         labels: bool, [N].
         batch_size: rows that follow each other in one batch; several processes take batches in turn.
         seed: of the order, with the epoch.
+        epoch: tells the epoch when an order is drawn. It is asked, because `set_epoch` of a data loader that skips
+            batches on several processes does not reach its sampler (accelerate 1.15).
     """
 
-    def __init__(self, labels: np.ndarray, batch_size: int, seed: int) -> None:
-        self.labels, self.batch_size, self.seed, self.epoch = np.asarray(labels, bool), batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, labels: np.ndarray, batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
+        self.labels, self.batch_size, self.seed, self.epoch = (
+            np.asarray(labels, bool),
+            batch_size,
+            seed,
+            epoch,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __iter__(self) -> Iterator[int]:
-        rng = np.random.default_rng((self.seed, self.epoch))
+        rng = np.random.default_rng((self.seed, self.epoch()))
         rare, common = (rng.permutation(np.flatnonzero(self.labels == kind)) for kind in (True, False))
         if len(rare) > len(common):
             rare, common = common, rare

@@ -135,13 +135,20 @@ def _batch(
             ([np.asarray(batch[f"{name}_ids"][i], dtype=np.int32) for name in ("prompt", *names)], False)
             for i in range(len(indices))
         ]
-        _check_vocabulary(rows, len(tokenizer), faults)
+        _check_vocabulary(rows, len(tokenizer), faults, "prompt_ids")
     else:
         eos = options.eos_token or tokenizer.eos_token or ""
         rows = [
             ([wholes[0][0][:start], *(ids[start:] for ids, _ in wholes)], shifted)
             for start, wholes, shifted in encode_branches(batch, names, tokenizer, eos, faults)
         ]
+    if others := batch.get("kl_completion_ids"):
+        given = [([np.asarray(ids or [], dtype=np.int32)], False) for ids in others]
+        _check_vocabulary(given, len(tokenizer), faults, "kl_completion_ids")
+    for name in ("kl_completion_ids", "margin"):
+        missing = [i for i, value in enumerate(batch.get(name, ())) if value is None]
+        fix = "give 0 where there is none" if name == "margin" else "give it in every row, or in none"
+        faults += [RowFault(i, name, "is empty, and other rows have one", fix) for i in missing]
     if faults:
         raise shorten(
             [
@@ -196,14 +203,14 @@ def cut_row(
     return prompt, completions
 
 
-def _check_vocabulary(rows: list[Any], size: int, faults: list[RowFault]) -> None:
+def _check_vocabulary(rows: list[Any], size: int, faults: list[RowFault], column: str) -> None:
     for i, (parts, _) in enumerate(rows):
         ids = np.concatenate(parts)
         if len(ids) and not 0 <= ids.min() <= ids.max() < size:
             why = (
                 f"holds the token id {ids.max() if ids.min() >= 0 else ids.min()}; the vocabulary has {size}"
             )
-            faults.append(RowFault(i, "prompt_ids", why, "tokenise with the model's own tokenizer"))
+            faults.append(RowFault(i, column, why, "tokenise with the model's own tokenizer"))
 
 
 def render_preference(row: dict[str, Any], tokenizer: Any) -> list[tuple[str, bool]]:

@@ -1,0 +1,118 @@
+"""The arguments that all algorithms have, and how those that a trainer is given become its own."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hydratune import checks_algo
+from hydratune.errors import UserError, Violation
+from hydratune.settings import option
+
+
+@dataclass
+class BaseConfig(transformers.TrainingArguments):
+    """Fields common to all algorithms, on top of `transformers.TrainingArguments`."""
+
+    logging_steps: float = option(10, "Log every so many update steps; below 1, as a share of all steps.")
+    gradient_checkpointing: bool | None = option(
+        None, "Recompute activations; null: when the memory estimate needs it."
+    )  # type: ignore[assignment]
+    bf16: bool | None = option(None, "bf16 autocast; null: on a GPU that supports it.")  # type: ignore[assignment]
+    average_tokens_across_devices: bool = option(True, "Weight the loss by tokens over all devices.")
+    model_init_kwargs: dict[str, Any] | None = option(
+        None, "Passed to from_pretrained untouched, for every fresh model."
+    )
+    trust_remote_code: bool = option(False, "Run code that a model's repository brings.")
+    chat_template_path: str | None = option(
+        None, "A .jinja file, or a tokenizer's directory or id, whose chat template is used."
+    )
+    dataset_kwargs: dict[str, Any] | None = option(
+        None, "{skip_prepare_dataset: true} takes the rows as already prepared."
+    )
+    dataset_num_proc: int | None = option(None, "Processes that tokenise.")
+    eos_token: str | None = option(None, "Token that ends a text or completion; null: the tokenizer's.")
+    pad_token: str | None = option(None, "Token used to pad; null: the tokenizer's, else its EOS.")
+    pad_to_multiple_of: int | None = option(None, "Round the length of a batch up to this.")
+    activation_offloading: bool = option(
+        False, "Keep activations in host memory between forward and backward."
+    )
+    router_aux_loss_coef: float | None = option(
+        None, "Weight of a mixture-of-experts' balance loss; null: the model's."
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = (
+                not self.use_cpu
+                and not self.fp16
+                and torch.cuda.is_available()
+                and torch.cuda.is_bf16_supported(including_emulation=False)
+            )
+        newer = "activation_checkpointing"  # its name since transformers 5.20; the older one warns there
+        asked = (
+            self.gradient_checkpointing
+            if self.gradient_checkpointing is not None
+            else getattr(self, newer, None)
+        )
+        self.auto_checkpointing = asked is None
+        if hasattr(self, newer):
+            self.gradient_checkpointing, self.activation_checkpointing = None, asked
+        super().__post_init__()
+
+    def use_checkpointing(self, on: bool) -> None:
+        self.gradient_checkpointing = on
+        if hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = on
+        self.auto_checkpointing = False
+
+
+def config_of(args: Any, config_class: type[Any], model: Any) -> Any:
+    """A config of its own for a trainer, because what is settled there for one model must not bind the next.
+
+    Args:
+        args: such a config, plain `transformers.TrainingArguments`, or None for the defaults.
+        model: names the output directory of the defaults.
+    """
+    if args is None:
+        own = getattr(getattr(model, "config", None), "_name_or_path", "") or "model"
+        name = model if isinstance(model, str) else own
+        return config_class(output_dir=f"{Path(name).name}-{config_class.__name__.removesuffix('Config')}")
+    if isinstance(args, config_class):
+        return copy.copy(args)
+    known = {f.name for f in fields(config_class) if f.init}
+    plain = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
+    return config_class(**plain)
+
+
+def check_options(algo: str, args: Any, **facts: bool) -> None:
+    """The rules of `checks_algo` for those who come from Python, in the names of a config.
+
+    Args:
+        facts: of `checks_algo.Case`.
+
+    Raises:
+        UserError: a rule is broken.
+    """
+    case = checks_algo.Case(vars(args), **facts)
+    problems = [p for rule in checks_algo.RULES.get(algo, []) for p in rule(case)]
+    if wrong := [p for p in problems if isinstance(p, Violation)]:
+        raise UserError(replace(v, key=v.key.removeprefix("algo.")) for v in wrong)
+
+
+def once(name: str, value: Any, old: str, old_value: Any) -> Any:
+    """An argument that has an older name too, given by one of the two.
+
+    Raises:
+        UserError: it is given by both.
+    """
+    if value is not None and old_value is not None:
+        raise UserError(
+            Violation(name, None, f"given twice, as {name} and by its older name {old}", f"pass {name} alone")
+        )
+    return value if value is not None else old_value
