@@ -406,6 +406,24 @@ WRONG = {
     "swept twice": (["-m", "lr=1e-3,2e-3", "sweep.paired={p: [{lr: 1}, {lr: 2}]}"], "swept by itself too"),
     "swept what has one value": (["-m", "lr=1e-3,2e-3", "sweep.n_trials=2,3"], "has one value"),
     "pruned by the opposite": (["-m", "lr=1e-3,2e-3", "sweep.pruner=median", "sweep.prune_on=mean_token_accuracy"], "better in the same direction"),
+    "pruned by what is better the other way round": (["-m", "lr=1e-3,2e-3", "sweep.pruner=median", "objective=num_tokens",
+        "sweep.direction=maximize", "sweep.prune_on=loss"], "better in the same direction"),
+    "a pair named like a swept key": (["-m", "lr=1e-3,2e-3", "sweep.paired={lr: [{seed: 1}, {seed: 2}]}"], "name of a swept key"),
+    "a pair named like a key of the space": (["-m", "sweep.space={p: '1,2'}", "sweep.paired={p: [{seed: 1}, {seed: 2}]}"], "name of a swept key"),
+    "pairs that overlap": (["-m", "sweep.paired={p: [{lr: 1}, {lr: 2}], q: [{lr: 3}, {seed: 1}]}"], "in the pair p too"),
+    "a misspelt key in a pair": (["-m", "peft=lora", "sweep.paired={p: [{peft.r: 8}, {peft.rr: 2}]}"], "peft.rr = 2: there is no such field (in sweep.paired)"),
+    "no such key in a pair": (["-m", "sweep.paired={p: [{lrr: 8}, {lrr: 2}]}"], "did you mean 'lr'?"),
+    "no such entry in a pair": (["-m", "sweep.paired={p: [{peft: lora}, {peft: lorra}]}"], "did you mean 'lora'?"),
+    "no such value in a pair": (["-m", "sweep.paired={p: [{lr: 1e-3}, {lr: high}]}"], "give a number"),
+    "a pair of what is given": (["-m", "lr=1e-3", "sweep.paired={p: [{lr: 1e-2}, {lr: 1e-4}]}"], "one value on the command line"),
+    "a pair with the folder": (["-m", "sweep.paired={p: [{output_dir: a}, {output_dir: b}]}"], "output_dir is of the whole sweep"),
+    "a searched field of the search": (["-m", "lr=1e-3,2e-3", "sweep.space={sweep.n_trials: [1, 2]}"], "sweep.n_trials is of the whole sweep"),
+    "a searched folder": (["-m", "lr=1e-3,2e-3", "sweep.space={output_dir: [a, b]}"], "output_dir is of the whole sweep"),
+    "a searched option of Hydra": (["-m", "lr=1e-3,2e-3", "sweep.space={hydra/launcher: [basic, joblib]}"], "hydra/launcher is of the whole sweep"),
+    "a misspelt key of the space": (["-m", "sweep.space={trainer.weight_decy: [0, 1]}"], "did you mean 'weight_decay'?"),
+    "an end that cannot be": (["-m", "sweep.space={lr: 'interval(-1, 1)'}", "sweep.n_trials=2"], "give 0 or more"),
+    "a sampler's seed in words": (["-m", "lr=interval(1e-4,1e-3)", "sweep.n_trials=2", "sweep.sampler_options={seed: one}"], "sweep.sampler_options.seed"),
+    "a sampler's seed in parts": (["-m", "lr=interval(1e-4,1e-3)", "sweep.n_trials=2", "sweep.sampler_options={seed: 1.5}"], "no whole number"),
     "backwards": (["-m", "lr=interval(1e-3,1e-4)", "sweep.n_trials=2"], "interval"),
 }  # fmt: skip
 
@@ -415,8 +433,9 @@ def test_a_wrong_sweep_is_one_clear_error(line, expected, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     assert train.main(line) == 2
     said = capsys.readouterr().err
-    assert expected in said and "Traceback" not in said and "error:" in said and "→" in said
-    assert not list(tmp_path.rglob("journal.log"))
+    assert expected in said and "Traceback" not in said and "→" in said
+    assert said.count("error: ") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_check_prints_the_plan_and_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -452,6 +471,23 @@ def test_a_first_point_that_cannot_work_does_not_refuse_the_others(tmp_path):
         cwd=tmp_path,
     )
     assert [t["state"] for t in study(tmp_path / "study")["trials"]] == ["invalid", "complete"]
+
+
+def test_data_that_comes_in_pairs_is_read_ahead_and_judged(tmp_path):
+    for name in ("a b", "it's"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 16)
+    (tmp_path / "broken.jsonl").write_text("no row\n")
+    line = ["-m", "batch_size=8", "tracking=none", "tracking.samples=0", "max_steps=1"]
+
+    def pairs(*files: str) -> str:
+        return f"sweep.paired={{d: [{', '.join(f'{{data.path: {name}, lr: 1e-3}}' for name in files)}]}}"
+
+    done = run(*line, pairs("broken.jsonl", "./broken.jsonl"), "output_dir=bad", cwd=tmp_path, code=2)
+    assert "broken.jsonl line 1" in done.stderr and not (tmp_path / "bad" / "0").exists()
+    names = ("broken.jsonl", "'a b.jsonl'", '"it\'s.jsonl"')
+    done = run(*line, pairs(*names), "output_dir=study", cwd=tmp_path)
+    assert [t["state"] for t in study(tmp_path / "study")["trials"]] == ["invalid", "complete", "complete"]
+    assert "could not read ahead" not in done.stderr
 
 
 def test_a_conditional_space_by_a_function(tmp_path):
