@@ -29,7 +29,7 @@ from hydratune.sweep.space import Dimension, Space
 from hydratune.sweep.supervisor import Result, near
 from hydratune.sweep.sweep import Sweep
 from hydratune.sweep.trial import Bound
-from hydratune.sweep.view import show_plan
+from hydratune.sweep.view import Outlet, show_plan
 
 _NOT_OF_A_STUDY = ("run_name", "debug", "tracking")  # may change while a study goes on
 
@@ -182,7 +182,10 @@ def _name(settings: RunSettings, space: Space, base: Sequence[str], objectives: 
 def _say_where(result: Result, command: Command) -> None:
     if not result.front:
         return
-    where = near(result.directory)
-    print(f"again      {command.line(result.best.settings)}")
-    print(f"settings   python train.py --config-dir {where} --config-name best")
-    print(f"results    {where}/report.html, trials.csv, study.md, best.sh")
+    where, out = near(result.directory), Outlet(sys.stdout)
+    out.write(
+        f"again      {command.line(result.best.settings)}\n"
+        f"settings   python train.py --config-dir {where} --config-name best\n"
+        f"results    {where}/report.html, trials.csv, study.md, best.sh\n"
+    )
+    out.flush()
