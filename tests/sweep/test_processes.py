@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ def task(settings):
     if sweep.current().spec.attempt:
         return 1.0
     child = subprocess.Popen(["sleep", "300"])
+    (here / "server").write_text(str(os.getppid()))
     (here / "child.part").write_text(str(child.pid))
     (here / "child.part").rename(here / "child")
     if {kill_server}:
@@ -66,9 +68,13 @@ def lonely(folder: Path, kill_server: bool = False, **kwargs) -> subprocess.Pope
 def test_what_a_trial_has_started_ends_with_its_killed_supervisor(tmp_path):
     process = lonely(tmp_path / "study", stderr=subprocess.DEVNULL)
     child = begun(tmp_path / "study" / "0" / "child")
+    server = int((tmp_path / "study" / "0" / "server").read_text())
+    os.kill(server, signal.SIGSTOP)  # the kernel must not end it before it has ended what it knows of
     process.kill()
     process.wait()
-    assert gone(child)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(server, signal.SIGCONT)
+    assert gone(child) and gone(str(server))
 
 
 def test_what_a_trial_has_started_ends_with_its_killed_server(tmp_path):
