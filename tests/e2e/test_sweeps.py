@@ -408,6 +408,8 @@ WRONG = {
     "pruned by the opposite": (["-m", "lr=1e-3,2e-3", "sweep.pruner=median", "sweep.prune_on=mean_token_accuracy"], "better in the same direction"),
     "pruned by what is better the other way round": (["-m", "lr=1e-3,2e-3", "sweep.pruner=median", "objective=num_tokens",
         "sweep.direction=maximize", "sweep.prune_on=loss"], "better in the same direction"),
+    "a direction that is a number": (["-m", "lr=1e-3,2e-3", "sweep.direction=3"], "minimize or maximize"),
+    "directions of too many": (["-m", "lr=1e-3,2e-3", "sweep.direction=[minimize,maximize]"], "one for each objective"),
     "a pair named like a swept key": (["-m", "lr=1e-3,2e-3", "sweep.paired={lr: [{seed: 1}, {seed: 2}]}"], "name of a swept key"),
     "a pair named like a key of the space": (["-m", "sweep.space={p: '1,2'}", "sweep.paired={p: [{seed: 1}, {seed: 2}]}"], "name of a swept key"),
     "pairs that overlap": (["-m", "sweep.paired={p: [{lr: 1}, {lr: 2}], q: [{lr: 3}, {seed: 1}]}"], "in the pair p too"),

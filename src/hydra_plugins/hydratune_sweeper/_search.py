@@ -144,10 +144,8 @@ def _check_metrics(settings: RunSettings, objectives: Sequence[str]) -> None:
                     )
                 )
     objective = named["objective"][0]
-    given = (
-        search.direction if isinstance(search.direction, str | None) else next(iter(search.direction), None)
-    )
-    ways = [direction(search.prune_on or ""), given or direction(objective)]
+    given = search.direction[:1] if isinstance(search.direction, list) else [search.direction]
+    ways = [direction(search.prune_on or ""), (given and given[0]) or direction(objective)]
     if search.prune_on != objective and None not in ways and ways[0] != ways[1]:
         why = f"more of the one is better and less of the other ({objective})"
         wrong.append(

@@ -271,7 +271,7 @@ def _directions(objectives: Sequence[str], given: Any) -> tuple[str, ...]:
     Raises:
         UserError: a direction that is neither given nor told by the metric's name.
     """
-    listed = [given] * len(objectives) if given is None or isinstance(given, str) else list(given)
+    listed = list(given) if isinstance(given, list | tuple) else [given] * len(objectives)
     wrong = []
     if len(listed) != len(objectives):
         why = f"there are {len(objectives)} objectives and {len(listed)} directions"
