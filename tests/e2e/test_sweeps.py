@@ -369,14 +369,6 @@ def test_the_warm_process_holds_data_and_weights_and_is_fit_to_be_forked(tmp_pat
     assert report == {"threads": 1, "error": "", "cuda": False}
 
 
-def test_check_prints_the_plan_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert train.main(["-m", "lr=1e-3,2e-3", "peft=none,lora", "check=true"]) == 0
-    said = capsys.readouterr().err
-    assert "trials" in said and " 4" in said and "choice: none, lora" in said
-    assert not list(tmp_path.iterdir())
-
-
 def test_help_lists_the_kept_searches(capsys):
     assert train.main(["--help"]) == 0
     assert "sft_lora" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Wrong sweeps: exit code 2 and one message before anything starts, nothing left behind."""
+"""Before anything starts: a wrong sweep is one message and exit code 2, `check=true` the plan; nothing is left behind."""
 
 from __future__ import annotations
 
@@ -78,4 +78,12 @@ def test_a_wrong_sweep_is_one_clear_error(line, expected, tmp_path, monkeypatch,
     said = capsys.readouterr().err
     assert expected in said and "Traceback" not in said and "→" in said
     assert said.count("error: ") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_check_prints_the_plan_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["-m", "lr=1e-3,2e-3", "peft=none,lora", "check=true"]) == 0
+    said = capsys.readouterr().err
+    assert "trials" in said and " 4" in said and "choice: none, lora" in said
     assert not list(tmp_path.iterdir())
