@@ -369,64 +369,6 @@ def test_the_warm_process_holds_data_and_weights_and_is_fit_to_be_forked(tmp_pat
     assert report == {"threads": 1, "error": "", "cuda": False}
 
 
-# ------------------------------------------------------------------ what is refused, in this process, before anything starts
-
-WRONG = {
-    "an interval without an end": (["-m", "lr=interval(1e-5,1e-3)"], "sweep.n_trials"),
-    "a grid of an interval": (["-m", "lr=interval(1e-5,1e-3)", "sweep.sampler=grid"], "needs finitely many values"),
-    "no such sampler": (["-m", "lr=1e-3,2e-3", "sweep.sampler=tppe", "sweep.n_trials=2"], "did you mean 'tpe'"),
-    "no such pruner": (["-m", "lr=1e-3,2e-3", "sweep.pruner=medain"], "did you mean 'median'"),
-    "no such option": (["-m", "lr=1e-3,2e-3", "sweep.ntrials=2"], "did you mean 'n_trials'"),
-    "no such kept search": (["-m", "sweep=sft_lroa"], "did you mean 'sft_lora'"),
-    "no trials": (["-m", "lr=1e-3,2e-3", "sweep.n_trials=0"], "1 or more"),
-    "sweep without -m": (["sweep=sft_lora"], "add -m"),
-    "sweep field without -m": (["sweep.n_trials=3"], "add -m"),
-    "nothing is searched": (["-m", "lr=1e-3"], "nothing is searched"),
-    "objective is not logged": (["-m", "lr=1e-3,2e-3", "objective=eval_los"], "did you mean 'eval_loss'"),
-    "objective without rows": (["-m", "lr=1e-3,2e-3", "objective=eval_loss", "data.eval_fraction=0"], "no evaluation rows"),
-    "no such rule": (["-m", "lr=1e-3,2e-3", "objective=eval_loss:median"], "mean3"),
-    "bound on nothing": (["-m", "lr=1e-3,2e-3", 'sweep.constraints=["memory <= 3"]'], "no such metric"),
-    "bound that is none": (["-m", "lr=1e-3,2e-3", "sweep.constraints=[loss]"], "METRIC <= NUMBER"),
-    "pruning without evaluation": (["-m", "lr=1e-3,2e-3", "sweep.pruner=median", "trainer.eval_strategy=no"], "nothing is evaluated"),
-    "pruning several": (["-m", "lr=1e-3,2e-3", "sweep.pruner=median", "objective=[eval_loss,loss]"], "several objectives"),
-    "direction unknown": (["-m", "lr=1e-3,2e-3", "objective=num_tokens"], "sweep.direction"),
-    "sqlite for two": (["-m", "lr=1e-3,2e-3", "sweep.workers=2", "sweep.storage=sqlite:///x.db"], "SQLite serves one worker"),
-    "no such executor": (["-m", "lr=1e-3,2e-3", "sweep.executor=slurm"], "submitit"),
-    "no such function": (["-m", "sweep.space_function=nosuch.fn", "sweep.n_trials=2"], "sweep.space_function"),
-    "outside the space": (["-m", "lr=interval(1e-4,1e-3)", "sweep.n_trials=2", "sweep.enqueue=[{lr: 1}]"], "not in the space"),
-    "a value that never works": (["-m", "peft=none,lora", "peft.r=4,8"], "no adapter is chosen"),
-    "no number of workers": (["-m", "lr=1e-3,2e-3", "sweep.workers=many"], "sweep.workers"),
-    "no worker": (["-m", "lr=1e-3,2e-3", "sweep.workers=0"], "1 or more"),
-    "no such direction": (["-m", "lr=1e-3,2e-3", "sweep.direction=down"], "minimize or maximize"),
-    "options of no executor": (["-m", "lr=1e-3,2e-3", "sweep.executor_options={partition: a}"], "the local executor has none"),
-    "options of no pruner": (["-m", "lr=1e-3,2e-3", "sweep.pruner=median", "sweep.pruner_options={n: 3}"], "median takes"),
-    "no such keep": (["-m", "lr=1e-3,2e-3", "sweep.keep=some"], "sweep.keep"),
-    "paired is no list": (["-m", "lr=1e-3,2e-3", "sweep.paired={size: 3}"], "sweep.paired"),
-    "a space of one value": (["-m", "lr=1e-3,2e-3", "sweep.space={seed: 3}"], "has one value"),
-    "swept twice": (["-m", "lr=1e-3,2e-3", "sweep.paired={p: [{lr: 1}, {lr: 2}]}"], "swept by itself too"),
-    "swept what has one value": (["-m", "lr=1e-3,2e-3", "sweep.n_trials=2,3"], "has one value"),
-    "pruned by the opposite": (["-m", "lr=1e-3,2e-3", "sweep.pruner=median", "sweep.prune_on=mean_token_accuracy"], "better in the same direction"),
-    "backwards": (["-m", "lr=interval(1e-3,1e-4)", "sweep.n_trials=2"], "interval"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("line, expected", WRONG.values(), ids=WRONG)
-def test_a_wrong_sweep_is_one_clear_error(line, expected, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert train.main(line) == 2
-    said = capsys.readouterr().err
-    assert expected in said and "Traceback" not in said and "error:" in said and "→" in said
-    assert not list(tmp_path.rglob("journal.log"))
-
-
-def test_check_prints_the_plan_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert train.main(["-m", "lr=1e-3,2e-3", "peft=none,lora", "check=true"]) == 0
-    said = capsys.readouterr().err
-    assert "trials" in said and " 4" in said and "choice: none, lora" in said
-    assert not list(tmp_path.iterdir())
-
-
 def test_help_lists_the_kept_searches(capsys):
     assert train.main(["--help"]) == 0
     assert "sft_lora" in capsys.readouterr().out
@@ -452,6 +394,23 @@ def test_a_first_point_that_cannot_work_does_not_refuse_the_others(tmp_path):
         cwd=tmp_path,
     )
     assert [t["state"] for t in study(tmp_path / "study")["trials"]] == ["invalid", "complete"]
+
+
+def test_data_that_comes_in_pairs_is_read_ahead_and_judged(tmp_path):
+    for name in ("a b", "it's"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "1+1=", "completion": "2"}\n' * 16)
+    (tmp_path / "broken.jsonl").write_text("no row\n")
+    line = ["-m", "batch_size=8", "tracking=none", "tracking.samples=0", "max_steps=1"]
+
+    def pairs(*files: str) -> str:
+        return f"sweep.paired={{d: [{', '.join(f'{{data.path: {name}, lr: 1e-3}}' for name in files)}]}}"
+
+    done = run(*line, pairs("broken.jsonl", "./broken.jsonl"), "output_dir=bad", cwd=tmp_path, code=2)
+    assert "broken.jsonl line 1" in done.stderr and not (tmp_path / "bad" / "0").exists()
+    names = ("broken.jsonl", "'a b.jsonl'", '"it\'s.jsonl"')
+    done = run(*line, pairs(*names), "output_dir=study", cwd=tmp_path)
+    assert [t["state"] for t in study(tmp_path / "study")["trials"]] == ["invalid", "complete", "complete"]
+    assert "could not read ahead" not in done.stderr
 
 
 def test_a_conditional_space_by_a_function(tmp_path):

@@ -288,6 +288,9 @@ def test_a_pruned_trial_ends_early_and_is_told(tmp_path):
         ({"x": [1, 2]}, {"constraints": ["memory below 20"]}, "sweep.constraints"),
         ({"x": [1, 2]}, {"executor": "local", "executor_options": {"partition": "a"}}, "sweep.executor_options"),
         ({"x": [1, 2]}, {"sampler": "tpee", "n_trials": 2}, "sweep.sampler"),
+        ({"x": [1, 2], "p": [{"x": 1, "y": 2}]}, {}, "sweep.paired.p"),
+        ({"p": [{"x": 1}, {"x": 2}], "q": [{"x": 1}, {"y": 2}]}, {}, "sweep.paired.q"),
+        ({"x": [1, 2]}, {"sampler": "random", "n_trials": 2, "sampler_options": {"seed": "x"}}, "sweep.sampler_options.seed"),
         ({"x": [1, 2]}, {"nonsense": 1}, "sweep"),
     ],
 )  # fmt: skip

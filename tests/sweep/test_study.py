@@ -16,7 +16,7 @@ import pytest
 
 from hydratune.errors import UserError
 from hydratune.sweep.search import PRUNERS, SAMPLERS, SamplerFactory, make_pruner
-from hydratune.sweep.space import Float, as_space
+from hydratune.sweep.space import Float, Space, as_space
 from hydratune.sweep.storage import hide_password, open_storage
 from hydratune.sweep.study import Outcome, Study, StudyConfig, best
 from hydratune.sweep.trial import Bound
@@ -333,3 +333,93 @@ def test_a_storage_that_does_not_open(tmp_path):
             open_storage(storage)
         assert "secret" not in str(error.value)
     assert hide_password("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+
+
+@pytest.mark.parametrize("storage", ["journal.log", "other.log", "sqlite"])
+def test_a_refused_study_leaves_nothing_in_the_storage(tmp_path, storage):
+    place = f"sqlite:///{tmp_path}/s.db" if storage == "sqlite" else str(tmp_path / storage)
+    mine = config(tmp_path, storage=place if storage == "sqlite" else str(tmp_path / "journal.log"))
+    Study(mine, tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="trials of another study"):
+        Study(replace(mine, name="other", storage=place), tmp_path)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert optuna.get_all_study_names(open_storage(mine.storage)) == ["s"]
+
+
+def test_an_empty_mark_is_none(tmp_path):
+    (tmp_path / ".study").write_text("\n")
+    study = Study(config(tmp_path), tmp_path)
+    assert (tmp_path / ".study").read_text() == f"{study.uid}\n"
+
+
+def test_a_resumed_study_enqueues_no_point_twice(tmp_path):
+    def more(trial):
+        return {}
+
+    space = Space({"x": Float(0.0, 1.0)}, more)
+    search = config(
+        tmp_path, space=space, sampler="random", n_trials=9, enqueue=({"x": 1, "layers": (1, 2)}, {"x": 0.5})
+    )
+    for _ in range(2):
+        assert len(Study(search, tmp_path).trials()) == 2
+    study = Study(search, tmp_path)
+    study.optuna.enqueue_trial({"x": 0.25})  # by another program
+    Study(replace(search, enqueue=(*search.enqueue, {"x": 0.25}, {"x": 0.75}, {"x": 0.75})), tmp_path)
+    assert [r.settings["x"] for r in study.records()] == [1.0, 0.5, 0.25, 0.75]
+
+
+@pytest.mark.parametrize(
+    "space, value",
+    [
+        ({"x": Float(0.0, 1.0)}, lambda x: x),  # the one parameter has it all
+        ({"x": Float(0.0, 1.0), "y": [3]}, lambda x: x),
+        ({"x": Float(0.0, 1.0), "y": [1, 2]}, lambda x: 7.0),
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_importance_says_nothing_where_there_is_nothing_to_say(tmp_path, space, value, several):
+    objectives, directions = (("a", "b"), ("minimize", "minimize")) if several else (("a",), ("minimize",))
+    search = config(
+        tmp_path,
+        space=as_space(space),
+        sampler="random",
+        n_trials=12,
+        objectives=objectives,
+        directions=directions,
+    )
+    study = Study(search, tmp_path)
+    while ticket := study.next_trial():
+        x = ticket.settings["x"]
+        study.tell(ticket, Outcome("complete", [value(x), x][: len(objectives)]))
+    assert study.importance() == {}
+
+
+def test_importance_is_of_what_was_varied(tmp_path):
+    space = as_space({"x": Float(0.0, 1.0), "y": Float(0.0, 1.0), "z": ["one"]})
+    study = Study(config(tmp_path, space=space, sampler="random", n_trials=20), tmp_path)
+    while ticket := study.next_trial():
+        ended(study, ticket, ticket.settings["x"])
+    assert set(study.importance()) == {"x", "y"}
+
+
+def test_a_seed_of_zero_is_one(tmp_path):
+    def drawn(options: dict, seed: int) -> float:
+        return (
+            SamplerFactory("random", options, seed)
+            .make(0)
+            .sample_independent(
+                optuna.create_study(),
+                optuna.create_study().ask(),
+                "x",
+                optuna.distributions.FloatDistribution(0, 1),
+            )
+        )
+
+    assert drawn({"seed": 0}, 5) == drawn({}, 0) == drawn({"seed": 0}, 6) != drawn({}, 5)
+
+
+@pytest.mark.parametrize("seed", ["one", 1.5, True, [1]])
+def test_a_seed_that_is_no_whole_number(seed):
+    with pytest.raises(UserError, match=r"sampler_options\.seed"):
+        SamplerFactory("tpe", {"seed": seed}, 0)

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
+from hydra_plugins.hydratune_sweeper import _ahead
+from hydra_plugins.hydratune_sweeper._space import all_dimensions, of_a_trial, plain, swept_dimensions
 from hydratune.checks import evaluates, loggable
-from hydratune.command import as_values
 from hydratune.config import key_of, parse
 from hydratune.errors import TrainingFailed, UserError, Violation, nearest
 from hydratune.functions import resolve
@@ -24,15 +25,13 @@ from hydratune.objective import Objective, direction
 from hydratune.settings import RunSettings
 from hydratune.sweep.export import whole
 from hydratune.sweep.job import Command
-from hydratune.sweep.space import Choice, Dimension, Float, Int, Paired, Space
+from hydratune.sweep.space import Dimension, Space
 from hydratune.sweep.supervisor import Result, near
 from hydratune.sweep.sweep import Sweep
 from hydratune.sweep.trial import Bound
-from hydratune.sweep.view import show_plan
+from hydratune.sweep.view import Outlet, show_plan
 
-_NOT_OF_A_TRIAL = ("output_dir", "resume", "check", "sweep", "hydra")  # of the overrides
 _NOT_OF_A_STUDY = ("run_name", "debug", "tracking")  # may change while a study goes on
-_WARM = 6  # command lines whose data and weights are read ahead
 
 
 def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Result | None:
@@ -42,47 +41,13 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
     shared: list[Override] = []
     for override in parser.parse_overrides(arguments):
         (swept if override.is_sweep_override() else shared).append(override)
-    if fixed := [
-        o for o in swept if key_of(_plain(o)).partition(".")[0].partition("/")[0] in _NOT_OF_A_TRIAL
-    ]:
-        raise UserError(
-            Violation(
-                key_of(_plain(o)), o.get_value_string(), "is of the whole sweep and has one value", "give one"
-            )
-            for o in fixed
-        )
-    dimensions = {o.key_or_group: _dimension(o) for o in swept}
+    dimensions = swept_dimensions(swept)
     settings = _settings(config, shared, dimensions)
     search = settings.sweep
-    given = {o.key_or_group for o in [*swept, *shared]}
-    for key, values in search.space.items():
-        if key not in given:
-            (override,) = parser.parse_overrides([f"{key}={as_values(values)}"])
-            if not override.is_sweep_override():
-                raise UserError(
-                    Violation(
-                        f"sweep.space.{key}", values, "has one value", "give several, or set it in sweep.base"
-                    )
-                )
-            dimensions[key] = _dimension(override)
-    for name, values in search.paired.items():
-        if not isinstance(values, list) or not values or not all(isinstance(v, dict) and v for v in values):
-            fix = "write NAME: [{peft.r: 8, peft.lora_alpha: 16}, {peft.r: 16, peft.lora_alpha: 32}]"
-            raise UserError(Violation(f"sweep.paired.{name}", values, "is no list of mappings", fix))
-        if twice := {key for v in values for key in v} & dimensions.keys():
-            raise UserError(
-                Violation(
-                    f"sweep.paired.{name}", sorted(twice), "is swept by itself too", "leave out one of them"
-                )
-            )
-        dimensions[name] = Paired(*values)
+    dimensions = all_dimensions(parser, dimensions, shared, search, _options(config))
     function = resolve(search.space_function, "sweep.space_function") if search.space_function else None
     space = Space(dimensions, function)
-    base = [
-        _plain(o)
-        for o in shared
-        if key_of(_plain(o)).partition(".")[0].partition("/")[0] not in _NOT_OF_A_TRIAL
-    ]
+    base = [o for o in map(plain, shared) if of_a_trial(key_of(o))]
     base = [*_options(config), *base]
     objectives = _objectives(settings)
     _check_metrics(settings, objectives)
@@ -98,7 +63,8 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
         tuple(base),
         str(Path.cwd()),
         prefix,
-        warm_with=() if prefix else _first(base, dimensions),
+        warm_with=() if prefix else _ahead.lines(base, dimensions),
+        decided_by=None if prefix or function else _ahead.deciding(base, dimensions),
     )
     sweep = Sweep(
         command, space, search, objectives=objectives, directory=directory, seed=settings.seed, base=lasting
@@ -106,7 +72,7 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
     if settings.check:
         show_plan(sweep.plan())
         return None
-    line = ["-m", *_options(config), *(_plain(o) for o in [*shared, *swept])]
+    line = ["-m", *_options(config), *(plain(o) for o in [*shared, *swept])]
     known = {"script": str(script), "folder": str(Path.cwd()), "name": search.name, "arguments": line}
     result = sweep.run(accepted=lambda: whole(directory / "command.json", json.dumps(known)))
     if not any(t.values for t in result.trials):
@@ -130,28 +96,6 @@ def _options(config: DictConfig) -> list[str]:
     )
 
 
-def _dimension(override: Override) -> Dimension:
-    value = override.value()
-    if not isinstance(value, IntervalSweep):
-        return Choice(*map(_unescaped, override.sweep_string_iterator()))
-    assert value.start is not None and value.end is not None
-    log = "log" in value.tags
-    if isinstance(value.start, int) and isinstance(value.end, int):
-        return Int(value.start, value.end, log=log)
-    return Float(float(value.start), float(value.end), log=log)
-
-
-def _unescaped(value: str) -> str:
-    """A value as it is meant: unquoted, Hydra writes some characters with a backslash before them; `text` quotes them."""
-    return value if value[:1] in ("'", '"', "[", "{") else re.sub(r"\\(.)", r"\1", value)
-
-
-def _plain(override: Override) -> str:
-    """An override as a user writes it, without the ++ that train.py has put before it."""
-    line = str(override.input_line)
-    return line[2:] if line.startswith("++") else line
-
-
 def _settings(
     config: DictConfig, shared: Sequence[Override], dimensions: dict[str, Dimension]
 ) -> RunSettings:
@@ -164,7 +108,7 @@ def _settings(
         else dict(HydraConfig.get().runtime.choices)
     )
     try:
-        return parse(config, choices=choices, overrides=[_plain(o) for o in shared])
+        return parse(config, choices=choices, overrides=[plain(o) for o in shared])
     except UserError as error:
         swept = {key.partition(".")[0] for key in dimensions}
         left = [v for v in error.violations if v.key.partition(".")[0] not in swept]
@@ -199,15 +143,17 @@ def _check_metrics(settings: RunSettings, objectives: Sequence[str]) -> None:
                         f"{nearest(metric, known)} (logged: {', '.join(known)})",
                     )
                 )
-    ways = [direction(search.prune_on or ""), direction(named["objective"][0])]
-    if None not in ways and ways[0] != ways[1]:
-        why = f"more of the one is better and less of the other ({named['objective'][0]})"
+    objective = named["objective"][0]
+    given = search.direction[:1] if isinstance(search.direction, list) else [search.direction]
+    ways = [direction(search.prune_on or ""), (given and given[0]) or direction(objective)]
+    if search.prune_on != objective and None not in ways and ways[0] != ways[1]:
+        why = f"more of the one is better and less of the other ({objective})"
         wrong.append(
             Violation(
                 "sweep.prune_on", search.prune_on, why, "name a metric that is better in the same direction"
             )
         )
-    seen = search.prune_on or named["objective"][0]
+    seen = search.prune_on or objective
     if (
         search.pruner != "none"
         and seen.startswith("eval_")
@@ -231,22 +177,13 @@ def _name(settings: RunSettings, space: Space, base: Sequence[str], objectives: 
     return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', words)[:60]}-{hashlib.sha256(facts.encode()).hexdigest()[:6]}"
 
 
-def _first(base: Sequence[str], dimensions: dict[str, Dimension]) -> tuple[tuple[str, ...], ...]:
-    """Command lines with the data and the models that trials will want: the first point, and each other data or model."""
-    point = {k: d.values[0] if isinstance(d, Choice) else None for k, d in dimensions.items()}
-    first = [f"{k}={v}" for k, v in point.items() if v is not None]
-    lines = [[*base, *first]]
-    for key, dimension in dimensions.items():
-        if key.partition(".")[0] in ("data", "model") and isinstance(dimension, Choice):
-            rest = [o for o in first if key_of(o) != key]
-            lines += [[*base, *rest, f"{key}={value}"] for value in dimension.values[1:]]
-    return tuple(tuple(line) for line in lines[:_WARM])
-
-
 def _say_where(result: Result, command: Command) -> None:
     if not result.front:
         return
-    where = near(result.directory)
-    print(f"again      {command.line(result.best.settings)}")
-    print(f"settings   python train.py --config-dir {where} --config-name best")
-    print(f"results    {where}/report.html, trials.csv, study.md, best.sh")
+    where, out = near(result.directory), Outlet(sys.stdout)
+    out.write(
+        f"again      {command.line(result.best.settings)}\n"
+        f"settings   python train.py --config-dir {where} --config-name best\n"
+        f"results    {where}/report.html, trials.csv, study.md, best.sh\n"
+    )
+    out.flush()

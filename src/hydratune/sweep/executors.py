@@ -127,13 +127,13 @@ class ForkExecutor:
                     self._pids[key] = value
                 else:
                     del self._pids[key]
-                    ended.append((key, how_it_ended(value)))
+                    ended.append((key, value if kind == "refused" else how_it_ended(value)))
         except (EOFError, OSError):
             ended += [(key, "its warm process ended") for key in self._lose_server()]
         return ended
 
     def _lose_server(self) -> list[int]:
-        lost = [*self._pids]
+        lost, pids = [*self._pids], [*filter(None, self._pids.values())]
         self._pids.clear()
         if self._connection is not None:
             self._connection.close()
@@ -142,6 +142,9 @@ class ForkExecutor:
             self._server.kill()
             self._server.wait()
             self._server = None
+        for pid in pids:  # the kernel ends the trials with their server, but not what they have started
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)
         return lost
 
     def stop(self, *, now: bool) -> None:

@@ -44,9 +44,13 @@ def main() -> int:
     os._exit(0)  # there is nothing to tidy up, and tearing down all that was imported takes a second
 
 
+class _Gone(Exception):
+    """The supervisor is no more."""
+
+
 class Server:
-    """Messages in: ("warm", packed) and ("start", key, packed). Out: ("warm", report), ("started", key, pid) and
-    ("ended", key, exit code, negative for a signal)."""
+    """Messages in: ("warm", packed) and ("start", key, packed). Out: ("warm", report), ("started", key, pid),
+    ("refused", key, why it could not be started) and ("ended", key, exit code, negative for a signal)."""
 
     def __init__(self, connection: Connection):
         self._connection = connection
@@ -58,33 +62,44 @@ class Server:
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def serve(self) -> None:
-        while True:
-            ready = wait([self._connection, self._woken])
-            if self._woken in ready:
-                os.read(self._woken.fileno(), 4096)
-                self._reap()
-            if self._connection in ready:
-                try:
-                    message = self._connection.recv()
-                except (EOFError, OSError):
-                    break
-                try:
+        try:
+            while True:
+                ready = wait([self._connection, self._woken])
+                if self._woken in ready:
+                    os.read(self._woken.fileno(), 4096)
+                    self._reap()
+                if self._connection in ready:
+                    try:
+                        message = self._connection.recv()
+                    except (EOFError, OSError) as error:
+                        raise _Gone from error
                     if message[0] == "warm":
-                        self._connection.send(("warm", _warm(message[1])))
+                        self._send("warm", _warm(message[1]))
                     else:
                         self._start(*message[1:])
-                except OSError:  # the supervisor is gone
-                    break
-        for pid in self._children:
-            _kill_group(pid)
+        except _Gone:
+            pass
+        finally:
+            for pid in self._children:
+                _kill_group(pid)
+
+    def _send(self, *message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError as error:
+            raise _Gone from error
 
     def _start(self, key: int, packed: bytes) -> None:
         outlive_parent()  # from now on the end of the connection ends the children's whole groups
         server = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # too many processes, too little memory: of this trial, not of the server
+            self._send("refused", key, f"its process could not be started ({error.strerror})")
+            return
         if pid:
             self._children[pid] = key
-            self._connection.send(("started", key, pid))
+            self._send("started", key, pid)
             return
         code = CRASHED
         try:
@@ -119,7 +134,7 @@ class Server:
                 return
             _kill_group(pid)  # data loaders and the like that it left
             if pid in self._children:
-                self._connection.send(("ended", self._children.pop(pid), os.waitstatus_to_exitcode(status)))
+                self._send("ended", self._children.pop(pid), os.waitstatus_to_exitcode(status))
 
 
 def _kill_group(pid: int) -> None:
@@ -129,25 +144,30 @@ def _kill_group(pid: int) -> None:
 
 def _warm(packed: bytes) -> dict[str, Any]:
     """Import and read ahead what the tasks will want; an error only means that trials do it themselves."""
-    import torch
-
     from hydratune.errors import UserError
-    from hydratune.sweep.job import THREADS, unpack
 
-    os.environ[THREADS] = str(torch.get_num_threads())  # what a process of its own would have
-    torch.set_num_threads(1)  # no parallel region: its thread pool would not survive a fork
     error: str | UserError
+    cuda = False
     try:
+        import torch
+
+        from hydratune.sweep.job import THREADS, unpack
+
+        os.environ[THREADS] = str(torch.get_num_threads())  # what a process of its own would have
+        torch.set_num_threads(1)  # no parallel region: its thread pool would not survive a fork
         from hydratune.sweep.warm import warm
 
-        warm(unpack(packed))
+        try:
+            warm(unpack(packed))
+        finally:
+            cuda = torch.cuda.is_initialized()
         error = ""
     except UserError as problem:
         error = problem
     except Exception as problem:
         error = f"{type(problem).__name__}: {problem}"
     threads = os.listdir("/proc/self/task") if os.path.isdir("/proc/self/task") else [""]  # noqa: PTH112, PTH208
-    return {"threads": len(threads), "error": error, "cuda": torch.cuda.is_initialized()}
+    return {"threads": len(threads), "error": error, "cuda": cuda}
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ class Command:
         folder: where the command is run.
         prefix: put before it, e.g. ("accelerate", "launch"); the script then runs in processes of its own.
         python: the interpreter.
+        warm_with: command lines whose data and weights a warm process reads up front.
+        decided_by: command lines of which, if the data or the model of each is wrong, that of every trial is; None
+            when there are no such few.
     """
 
     script: str
@@ -45,9 +48,8 @@ class Command:
     folder: str
     prefix: tuple[str, ...] = ()
     python: str = sys.executable
-    warm_with: tuple[
-        tuple[str, ...], ...
-    ] = ()  # command lines whose data and weights a warm process reads up front
+    warm_with: tuple[tuple[str, ...], ...] = ()
+    decided_by: tuple[tuple[str, ...], ...] | None = None
 
     def arguments(self, settings: Mapping[str, Any]) -> list[str]:
         """The overrides of a trial; a setting of its own replaces one that all have."""

@@ -40,12 +40,18 @@ class SamplerFactory:
     The built-in samplers keep what they know in the study, so a new one is made for every trial with a seed of its
     own: a restarted sweep goes on with fresh draws in place of repeating its first ones. The low-discrepancy sequence
     of `qmc` needs one seed throughout, and of a sampler that someone else wrote one instance is kept.
+
+    Raises:
+        UserError: the options have a seed that is no whole number.
     """
 
     def __init__(self, name: str, options: Mapping[str, Any], seed: int):
         self.name, self._options = name, dict(options)
         given = self._options.pop("seed", None)
-        self._seed = int(seed if given is None else given)  # each trial's sampler has one made from it
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
+            why = "is no whole number"
+            raise UserError(Violation("sweep.sampler_options.seed", given, why, "give e.g. 0"))
+        self._seed = seed if given is None else given  # each trial's sampler has one made from it
         self._kept: BaseSampler | None = None
 
     def make(self, n_trials: int) -> BaseSampler:

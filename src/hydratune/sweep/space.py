@@ -50,11 +50,16 @@ class Paired:
 
     def __init__(self, *values: Mapping[str, Any]):
         given = values[0] if len(values) == 1 and isinstance(values[0], list | tuple) else values
-        object.__setattr__(self, "values", tuple(given))
+        if odd := [v for v in given if not isinstance(v, Mapping) or not v]:
+            fix = "give mappings, e.g. {'peft.r': 8, 'peft.lora_alpha': 16}"
+            raise UserError(Violation("space", odd[0], "is no mapping of settings", fix))
+        labels = [_label(v) for v in given]
+        once = [v for i, v in enumerate(given) if labels[i] not in labels[:i]]
+        object.__setattr__(self, "values", tuple(once))
 
     @property
     def labels(self) -> list[str]:
-        return [" ".join(f"{k}={v}" for k, v in value.items()) for value in self.values]
+        return [_label(value) for value in self.values]
 
     def suggest(self, trial: Any, name: str) -> str:
         return trial.suggest_categorical(name, self.labels)
@@ -64,6 +69,10 @@ class Paired:
 
     def __str__(self) -> str:
         return " | ".join(self.labels)
+
+
+def _label(value: Mapping[str, Any]) -> str:
+    return " ".join(f"{k}={v}" for k, v in value.items())
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,7 @@ class Space:
         for name, dimension in self.dimensions.items():
             if isinstance(dimension, Paired):
                 for label, value in zip(dimension.labels, dimension.values, strict=True):
-                    if all(str(left.get(k)) == str(v) for k, v in value.items()):
+                    if all(k in left and _same(v, left[k]) for k, v in value.items()):
                         found[name] = label
                         left = {k: v for k, v in left.items() if k not in value}
                         break
@@ -191,7 +200,7 @@ class Space:
                 continue
             value = left.pop(name)
             fits = _fit(dimension, value)
-            if fits is None:
+            if fits is _OUTSIDE:
                 wrong.append(
                     Violation(
                         "sweep.enqueue",
@@ -223,26 +232,48 @@ class Space:
         return texts
 
 
+_OUTSIDE = object()
+
+
 def _fit(dimension: Choice | Float | Int, value: Any) -> Any:
-    """The value as this dimension has it; None when it is not in there."""
+    """The value as this dimension has it; `_OUTSIDE` when it is not in there."""
     if isinstance(dimension, Choice):
-        return next((v for v in dimension.values if v == value or _same(v, value) or v == text(value)), None)
+        exact = (v for v in dimension.values if type(v) is type(value) and v == value)
+        alike = (v for v in dimension.values if _same(v, value))
+        return next(exact, next(alike, _OUTSIDE))
     try:
         number = float(value)
     except (TypeError, ValueError):
-        return None
+        return _OUTSIDE
     if not dimension.low <= number <= dimension.high:
-        return None
+        return _OUTSIDE
     if isinstance(dimension, Int):
-        return int(number) if number == int(number) else None
+        return int(number) if number == int(number) else _OUTSIDE
     return number
 
 
 def _same(one: Any, other: Any) -> bool:
+    """Whether a value of the space is what a user gave: as numbers, as texts, or as the command line writes them."""
+    if one == other or text(one) == text(other):
+        return True
     try:
         return float(one) == float(other)
     except (TypeError, ValueError):
         return str(one) == str(other)
+
+
+def overlaps(dimensions: Mapping[str, Dimension]) -> list[Violation]:
+    """Settings that two dimensions would set."""
+    owner, wrong = {n: n for n, d in dimensions.items() if not isinstance(d, Paired)}, []
+    for name, dimension in dimensions.items():
+        if not isinstance(dimension, Paired):
+            continue
+        for key in dict.fromkeys(str(key) for value in dimension.values for key in value):
+            if key in owner:
+                why = "is swept by itself too" if owner[key] == key else f"is in the pair {owner[key]} too"
+                wrong.append(Violation(f"sweep.paired.{name}", key, why, "leave out one of them"))
+            owner.setdefault(key, name)
+    return wrong
 
 
 def as_space(given: Space | Mapping[str, Any]) -> Space:

@@ -7,6 +7,7 @@ is told once, and keeps its number and directory when it is taken up again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -25,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from hydratune.errors import UserError, Violation
 from hydratune.sweep.search import SamplerFactory, make_pruner
 from hydratune.sweep.space import Point, Space
-from hydratune.sweep.storage import exclusive, hide_password, open_storage
+from hydratune.sweep.storage import exclusive, hide_password, is_url, open_storage
 
 RESULT = "result.json"
 _MARK = ".study"  # in a study's folder: whose it is
@@ -152,6 +153,7 @@ class Study:
         self.config, self.directory = config, directory
         self.pruner = make_pruner(config.pruner, config.pruner_options)
         self._samplers = SamplerFactory(config.sampler, config.sampler_options, config.seed)
+        self._check_folder()
         self.storage: BaseStorage = open_storage(config.storage)
         self.worker = f"{_here()}:{os.getpid()}:{_process_started(os.getpid())}:{uuid.uuid4().hex[:8]}"
         self._seen: dict[
@@ -160,6 +162,7 @@ class Study:
         self._beat = 0.0
         self.exhausted = False  # whether the sampler knows of nothing more to try
         with self._lock():
+            self._check_folder()  # before anything is created in the storage
             self.optuna = optuna.create_study(
                 storage=self.storage, study_name=config.name, directions=list(config.directions),
                 pruner=self.pruner, load_if_exists=True,
@@ -168,7 +171,7 @@ class Study:
             if "uid" not in self.optuna.user_attrs:  # tells it from another study of this name, e.g. in W&B
                 self.optuna.set_user_attr("uid", uuid.uuid4().hex[:6])
             self.uid: str = self.optuna.user_attrs["uid"]
-            self._own_folder()
+            self._sign_folder()
             self._enqueue()
         self.keep_alive(force=True)
 
@@ -200,17 +203,34 @@ class Study:
                 )
             )
 
-    def _own_folder(self) -> None:
-        """Its trials' folders must not hold another study's checkpoints and results."""
+    def _owner(self) -> str:
+        """The uid of the study whose trials the folder holds; empty when it holds none."""
         mark = self.directory / _MARK
-        owner = mark.read_text(encoding="utf-8").strip() if mark.is_file() else ""
-        if owner and owner != self.uid:
+        return mark.read_text(encoding="utf-8").strip() if mark.is_file() else ""
+
+    def _check_folder(self) -> None:
+        """Its trials' folders must not hold another study's checkpoints and results.
+
+        Before the storage is opened, a journal that is not there yet tells as much.
+        """
+        owner, uid = self._owner(), None
+        if not owner:
+            return
+        if hasattr(self, "storage"):
+            with contextlib.suppress(KeyError):
+                study = self.storage.get_study_id_from_name(self.config.name)
+                uid = self.storage.get_study_user_attrs(study).get("uid")
+        elif is_url(self.config.storage) or Path(self.config.storage).expanduser().is_file():
+            return
+        if owner != uid:
             why = "this folder holds the trials of another study"
             fix = "give output_dir=… a folder of its own, or remove this one"
             raise UserError(Violation("output_dir", str(self.directory), why, fix))
-        self.directory.mkdir(parents=True, exist_ok=True)
-        if not owner:
-            mark.write_text(f"{self.uid}\n", encoding="utf-8")
+
+    def _sign_folder(self) -> None:
+        if not self._owner():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / _MARK).write_text(f"{self.uid}\n", encoding="utf-8")
 
     def _enqueue(self) -> None:
         """The points of a grid in order, or the known good ones; those that are there already are left."""
@@ -218,9 +238,12 @@ class Study:
             points = [*self.config.space.grid()]
         else:
             points = [self.config.space.parameters(p) for p in self.config.enqueue]
-        there = [t.user_attrs.get("point") for t in self.trials()]
+        # As the storage keeps them: lists for tuples. Who enqueued a point elsewhere left only Optuna's own note of it
+        kept = [t.user_attrs.get("point") or t.system_attrs.get("fixed_params") for t in self.trials()]
+        there = {_as_kept(point) for point in kept}
         for point in points:
-            if point not in there:
+            if (key := _as_kept(point)) not in there:
+                there.add(key)
                 self.optuna.enqueue_trial(point, user_attrs={"point": point})
 
     # -- handing out and taking back
@@ -352,21 +375,32 @@ class Study:
     def importance(self) -> dict[str, float]:
         """How much each parameter decides the first objective (PED-ANOVA, arXiv:2304.10255), the most first.
 
-        Empty when too few trials are complete, or nothing differs.
+        Empty when there is nothing to say: too few trials are complete, their objectives are the same, or fewer than
+        two parameters were varied, of which shares could be given.
         """
-        if sum(t.state == TrialState.COMPLETE for t in self.trials()) < _ENOUGH:
+        complete = [t for t in self.trials() if t.state == TrialState.COMPLETE]
+        tried: dict[str, set[Any]] = {}
+        for trial in complete:
+            for name, value in trial.params.items():
+                tried.setdefault(name, set()).add(value)
+        varied = [name for name, values in tried.items() if len(values) > 1]
+        if len(complete) < _ENOUGH or len(varied) < 2 or len({t.values[0] for t in complete}) == 1:
             return {}
         target = None
         if len(self.config.directions) > 1:  # the measure looks at what makes the target low
             sign = 1.0 if self.config.directions[0] == "minimize" else -1.0
             target = lambda trial: sign * trial.values[0]  # noqa: E731
         try:
-            return optuna.importance.get_param_importances(self.optuna, target=target)
+            return optuna.importance.get_param_importances(self.optuna, params=varied, target=target)
         except (ValueError, RuntimeError):
             return {}
 
     def __repr__(self) -> str:
         return f"Study({self.config.name!r}, {hide_password(self.config.storage)!r})"
+
+
+def _as_kept(point: Mapping[str, Any] | None) -> str:
+    return json.dumps(point, sort_keys=True)
 
 
 def records(trials: Sequence[FrozenTrial]) -> list[Record]:

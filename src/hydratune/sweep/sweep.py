@@ -18,7 +18,7 @@ from hydratune.sweep.executors import devices, make_executor, slots
 from hydratune.sweep.export import Exporter
 from hydratune.sweep.job import Command, pack
 from hydratune.sweep.search import SamplerFactory, make_pruner
-from hydratune.sweep.space import Dimension, Space, as_space
+from hydratune.sweep.space import Dimension, Space, as_space, overlaps
 from hydratune.sweep.storage import can_be_shared, hide_password, is_url
 from hydratune.sweep.study import Study, StudyConfig
 from hydratune.sweep.supervisor import Result, Supervisor, near
@@ -96,7 +96,7 @@ class Sweep:
         return len(self.space) if wanted is None else min(wanted, len(self.space))
 
     def _check(self) -> None:
-        settings, wrong = self.settings, []
+        settings, wrong = self.settings, overlaps(self.space.dimensions)
         if not self.space.dimensions and self.space.function is None:
             wrong.append(
                 Violation(
@@ -135,7 +135,7 @@ class Sweep:
             *(partial(Bound.parse, text) for text in settings.constraints),
             *(partial(self.space.parameters, point) for point in settings.enqueue),
             partial(make_pruner, settings.pruner, settings.pruner_options),
-            partial(SamplerFactory(self.sampler, settings.sampler_options, 0).make, 0),
+            lambda: SamplerFactory(self.sampler, settings.sampler_options, 0).make(0),
         ]
         for check in checks:
             with _gather(wrong):
@@ -271,7 +271,7 @@ def _directions(objectives: Sequence[str], given: Any) -> tuple[str, ...]:
     Raises:
         UserError: a direction that is neither given nor told by the metric's name.
     """
-    listed = [given] * len(objectives) if given is None or isinstance(given, str) else list(given)
+    listed = list(given) if isinstance(given, list | tuple) else [given] * len(objectives)
     wrong = []
     if len(listed) != len(objectives):
         why = f"there are {len(objectives)} objectives and {len(listed)} directions"

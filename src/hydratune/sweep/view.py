@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,11 +20,49 @@ _ROWS = 14  # trials in the live table: those that run, the best, and the newest
 _STYLES = {"running": "cyan", "complete": "green", "pruned": "yellow", "waiting": "dim"}
 
 
+class Outlet:
+    """A text file to show things in, of which nothing is heard any more once it cannot be written.
+
+    A terminal that was closed (EIO) or a reader that has left (EPIPE) must not end the sweep. The descriptor is given to
+    /dev/null then, so that what others write there, up to the interpreter's last flush, is no error either.
+    """
+
+    def __init__(self, file: Any):
+        self._file, self.lost = file, False
+
+    def write(self, text: str) -> int:
+        if not self.lost:
+            try:
+                self._file.write(text)
+            except OSError:
+                self._lose()
+        return len(text)
+
+    def flush(self) -> None:
+        if not self.lost:
+            try:
+                self._file.flush()
+            except OSError:
+                self._lose()
+
+    def _lose(self) -> None:
+        self.lost = True
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._file.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 class View:
-    """Shows one sweep; `with view:` around it."""
+    """Shows one sweep; `with view:` around it. When the terminal goes, it is quiet and the sweep goes on."""
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None):
         self._console = console or Console(stderr=True, quiet=quiet)
+        self._outlet = Outlet(self._console.file)
+        self._console.file = self._outlet  # type: ignore[assignment]  # all that Rich asks of a file it has
         self._live: Live | None = None
         self._config: StudyConfig | None = None
         self._start, self._before, self._refreshed = time.monotonic(), 0, 0.0
@@ -31,6 +71,9 @@ class View:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -72,6 +115,9 @@ class View:
     def update(self, read: Callable[[], Sequence[Record]]) -> None:
         """Draw the table anew, at most once in two seconds; reads the study only where it is shown."""
         if self._live is None or self._config is None or time.monotonic() - self._refreshed < 2:
+            return
+        if self._outlet.lost:
+            self._stop()
             return
         self._refreshed = time.monotonic()
         from hydratune.sweep.study import best
@@ -127,8 +173,7 @@ class View:
         assert self._config is not None
         if self._live is not None:
             self._live.update(self._table(trials, front))
-            self._live.stop()
-            self._live = None
+        self._stop()
         states: dict[str, int] = {}
         for t in trials:
             states[t.state] = states.get(t.state, 0) + 1

@@ -6,10 +6,12 @@ Trials find data and weights through `hydratune.held`; one that wants others tha
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 from hydratune import algos
+from hydratune.config import SECTIONS, SHORTCUTS
 from hydratune.errors import UserError, Violation
 from hydratune.sweep.job import Command, load_script
 
@@ -22,7 +24,9 @@ _IMPORTS = (
 
 
 def _of_the_data(violation: Violation) -> bool:
-    return violation.key.partition(".")[0] not in ("algo", "peft", "trainer", "lr", "batch_size")
+    """Whether rows, files, `data.…` or `model.…` are wrong, and no other setting, which may be one that is swept."""
+    head = violation.key.partition(".")[0]
+    return head in ("data", "model") or head not in (*SECTIONS, *SHORTCUTS)
 
 
 def import_all() -> None:
@@ -33,6 +37,19 @@ def import_all() -> None:
         import_module(name)
 
 
+def _for_its_data(refusal: UserError | None) -> bool:
+    return refusal is not None and all(map(_of_the_data, refusal.violations))
+
+
+def _refusal(task: Command, arguments: Sequence[str]) -> UserError | None:
+    """Read ahead what a command line wants; gives why it cannot work."""
+    try:
+        load_script(task.script).warm(list(arguments))
+    except UserError as error:
+        return error
+    return None
+
+
 def warm(task: Any) -> None:
     """Import what every trial imports; for a `Command`, also read what its first trials will want.
 
@@ -41,18 +58,11 @@ def warm(task: Any) -> None:
     """
     import_all()
     if isinstance(task, Command):
-        script, refused = load_script(task.script), []
-        for arguments in task.warm_with:
-            try:
-                script.warm(list(arguments))
-            except UserError as error:
-                refused.append(error)
-        # What is wrong with the data is wrong for every trial; what is wrong with a swept setting is not
-        if (
-            refused
-            and len(refused) == len(task.warm_with)
-            and all(_of_the_data(v) for v in refused[0].violations)
-        ):
-            raise refused[0]
+        refused = [_refusal(task, arguments) for arguments in task.warm_with]
+        if refused and task.decided_by and all(map(_for_its_data, refused)):
+            others = [arguments for arguments in task.decided_by if arguments not in task.warm_with]
+            if all(_for_its_data(_refusal(task, arguments)) for arguments in others):
+                assert refused[0] is not None
+                raise refused[0]
     gc.collect()
     gc.freeze()  # a collection in a child looks at its own objects alone, and copies none of these pages
