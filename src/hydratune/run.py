@@ -180,11 +180,13 @@ def _data(
         )
     few: list[dict[str, Any]] = []
     if "eval" in formatted and settings.tracking.samples:
-        few = [row for row, _ in zip(formatted["eval"], range(_VERIFIED_ROWS), strict=False)]
-        if not (
-            trainer_class.generates and "answer" in few[0]
-        ):  # else they are verified, and more of them mean more
-            few = few[: settings.tracking.samples]
+        first = next(iter(formatted["eval"]))
+        shown = settings.tracking.samples
+        if not trainer_class.generates:
+            many = 4 * shown  # some may be too long for a score
+        else:
+            many = _VERIFIED_ROWS if "answer" in first else shown
+        few = [row for row, _ in zip(formatted["eval"], range(many), strict=False)]
     return ready["train"], ready["eval"], few, reports
 
 

@@ -96,7 +96,7 @@ def both(
 
 def same(ours: dict, theirs: dict, *names: str) -> None:
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4, abs=1e-4)
-    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=2e-3, abs=1e-4)
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-3, abs=1e-4)
     for name in names:
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=2e-3, nan_ok=True), name
 
