@@ -182,10 +182,9 @@ def _data(
     if "eval" in formatted and settings.tracking.samples:
         first = next(iter(formatted["eval"]))
         shown = settings.tracking.samples
-        if not trainer_class.generates:
-            many = 4 * shown  # some may be too long for a score
-        else:
-            many = _VERIFIED_ROWS if "answer" in first else shown
+        verified = trainer_class.generates and "answer" in first
+        # of pairs that are scored some may be too long
+        many = _VERIFIED_ROWS if verified else shown if trainer_class.generates else 4 * shown
         few = [row for row, _ in zip(formatted["eval"], range(many), strict=False)]
     return ready["train"], ready["eval"], few, reports
 
