@@ -112,8 +112,8 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
     if not values.numel():
         return values
     values = torch.where(mask, values, 0.0)
-    mean, variance, spread = _moments(values, mask)
-    scaled = torch.where(spread, values - mean, 0.0) * torch.rsqrt(variance + 1e-8)
+    mean, variance, _ = _moments(values, mask)
+    scaled = (values - mean) * torch.rsqrt(variance + 1e-8)
     return torch.where(mask, scaled if shift_mean else scaled + mean, 0.0)
 
 
@@ -258,12 +258,12 @@ def group_advantages(
         raise ValueError(
             f"rewards of shape {tuple(rewards.shape)} are not whole groups of num_generations = {num_generations}"
         )
-    groups = rewards.view(-1, num_generations)
+    groups = rewards.reshape(-1, num_generations)
     if not len(groups):
         return rewards, rewards.new_zeros(())
     known = ~groups.isnan()
     mean, variance, spread = _moments(groups, known, dim=1)
-    advantages = torch.where(known & spread, groups - mean, 0.0)
+    advantages = torch.where(known, groups - mean, 0.0)
     if scale == "batch":
         variance = _moments(groups, known)[1]
     if scale != "none":
@@ -440,14 +440,13 @@ def _moments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, unbiased variance, and whether two values differ, of what `mask` leaves, along `dim` (kept) or of all.
 
-    Equal values have their mean as exactly as it can be written and a variance of 0.
+    Equal values are exactly their mean, which their rounded sum over their number need not be, and have a variance of 0.
     """
     axes = tuple(range(values.dim())) if dim is None else (dim,)
     count = mask.sum(axes, keepdim=True)
     mean = torch.where(mask, values, 0.0).sum(axes, keepdim=True) / count.clamp(min=1)
     least = torch.where(mask, values, math.inf).amin(axes, keepdim=True)
     most = torch.where(mask, values, -math.inf).amax(axes, keepdim=True)
-    spread = (count > 0) & ~(least == most)  # true of NaN, which must not vanish
-    mean = torch.where((count > 0) & ~spread, least, mean)
-    deviations = torch.where(mask & spread, values - mean, 0.0)
-    return mean, deviations.square().sum(axes, keepdim=True) / (count - 1).clamp(min=1), spread
+    mean = torch.where(least == most, least, mean)
+    deviations = torch.where(mask, values - mean, 0.0)
+    return mean, deviations.square().sum(axes, keepdim=True) / (count - 1).clamp(min=1), least < most

@@ -40,11 +40,11 @@ def test_group_advantages_by_hand():
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_groups_without_spread_give_nothing(scale):
-    # 0.1 three times (its sum in fp32 is not 0.3), one reward among failures, none at all, and 1, 2, NaN
-    rewards = torch.tensor([0.1, 0.1, 0.1, 5.0, NAN, NAN, NAN, NAN, NAN, 1.0, 2.0, NAN])
-    found, zero = group_advantages(rewards, 3, scale)
-    assert found[:9].tolist() == [0.0] * 9 and found[11].item() == 0.0
-    assert found[9].item() == -found[10].item() and found[10].item() > 0.2
+    # 0.1 eight times (whose mean in fp32 is not 0.1), one reward among failures, none at all, and 1, 2 among failures
+    equal, one, none, two = [0.1] * 8, [5.0] + [NAN] * 7, [NAN] * 8, [1.0, 2.0] + [NAN] * 6
+    found, zero = group_advantages(torch.tensor(equal + one + none + two), 8, scale)
+    assert found[:24].tolist() == [0.0] * 24 and found[26:].tolist() == [0.0] * 6
+    assert found[24].item() == -found[25].item() and found[25].item() > 0.2
     assert zero.item() == 0.75
     assert group_advantages(torch.tensor([1.0, 2.0]), 1, scale)[0].tolist() == [0.0, 0.0]
     assert group_advantages(torch.zeros(0), 3, scale)[0].shape == (0,)
@@ -134,6 +134,7 @@ def test_grpo_is_that_of_trl(loss_type, level, beta):
     leaf, other = (rows["logps"].clone().requires_grad_() for _ in range(2))
     result = grpo_loss(**rows | {"logps": leaf}, **chosen)
     assert result.high.any() or level == "sequence"  # bounds are not idle
+    assert result.kl is not None and not result.kl.requires_grad
     found = mean(result)
     chosen["level"] = chosen.pop("importance_sampling_level")
     expected = oracle(rows | {"logps": other}, LENGTHS, **chosen)
@@ -167,6 +168,9 @@ def test_grpo_by_hand():
     found = of("cispo", epsilon_high=1.5)
     assert (found.total.item(), found.divisor) == pytest.approx((4.613706, 3), abs=1e-6)
     assert found.high.tolist() == [True, False, False] and not found.low.any()
+    assert not grpo_loss(
+        logps, old, -advantages, sequences, loss_type="cispo", epsilon_high=1.5
+    ).high.any()  # what is pushed down is not held back
     # GSPO: s = √(2·1) = 1.414214 and 0.5: losses −1.414214 and 0.8, of one token each
     found = of("grpo", importance_sampling_level="sequence")
     assert (found.total.item(), found.divisor) == pytest.approx((-0.614214, 2), abs=1e-6)
@@ -297,3 +301,14 @@ def test_bad_options_are_refused():
             wrong()
     with pytest.raises(AssertionError):  # [N] against [S, 1] would be a loss of N² pairs
         grpo_loss(**rows | {"advantages": rows["advantages"][:, None]})
+
+
+@TYPES
+@LEVELS
+def test_nothing_waits_for_the_device(loss_type, level):
+    """On "meta" tensors, which have no values, whatever would fetch one raises."""
+    rows = {name: value.to("meta") for name, value in batch().items()}
+    found = grpo_loss(**rows, **options(loss_type, level))
+    clip_fractions(found.low, found.high, rows["sequences"] if level == "token" else None, 5)
+    for scale in ("group", "batch", "none"):
+        group_advantages(torch.zeros(8, device="meta"), 4, scale)
