@@ -40,8 +40,9 @@ def own(names: set[str]) -> set[str]:
     return {name.removeprefix("hydratune.") for name in names if name.startswith("hydratune.")}
 
 
-def test_losses_import_torch_alone():
-    assert {name.split(".")[0] for name in imports(SOURCE / "losses.py")} <= {
+@pytest.mark.parametrize("name", ["losses.py", "rl_losses.py"])
+def test_losses_import_torch_alone(name):
+    assert {module.split(".")[0] for module in imports(SOURCE / name)} <= {
         "torch",
         "__future__",
         "typing",
