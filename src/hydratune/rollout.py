@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from hydratune.attention import NAME
 from hydratune.draw import draw
@@ -294,7 +300,7 @@ class _Mask:
         if not self.additive:
             return self.whole[:, : self.seen]
         masks = {kind: self._reach(window) for kind, window in self.windows.items()}
-        return masks[""] if "" in masks else masks
+        return masks.get("", masks)
 
     def _reach(self, window: int | None) -> torch.Tensor | None:
         if not self.needed:
@@ -312,7 +318,7 @@ class _Decoder:
         # virtual tokens come through the PeftModel's own forward pass, and only with the prompt
         self.virtual = _virtual(model) > 0
         self.prefiller, self.model = model, base if self.virtual else model
-        self.last_position = getattr(self.config, "max_position_embeddings", None)
+        self.last_position = (getattr(self.config, "max_position_embeddings", None) or 0) - 1
         known = inspect.signature(base.forward).parameters
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         layers = DynamicCache(config=self.config).layers
@@ -330,7 +336,9 @@ class _Decoder:
         if self.virtual and not self.columns:
             kind = self.config._attn_implementation
             why = "virtual tokens need a model of full or sliding attention"
-            raise UserError(Violation("attn_implementation", kind, why, f"use sdpa, eager or {NAME}, or LoRA"))
+            raise UserError(
+                Violation("attn_implementation", kind, why, f"use sdpa, eager or {NAME}, or LoRA")
+            )
         self.positioned = "position_ids" in known
         windows = [getattr(layer, "sliding_window", None) for layer in layers]
         several = len(set(layer_types)) > 1
@@ -397,13 +405,13 @@ class _Decoder:
                     mask.keep(left)
             logits = self._forward(ids, cache, mask, positions)
             positions = positions + 1
-            if capped:  # rows beyond their limit may still be computed, and learned positions end with the context
+            if (
+                capped
+            ):  # rows beyond their limit may still be computed, and learned positions end with the context
                 positions = positions.clamp(max=self.last_position)
         return tokens.T.cpu().numpy(), logps.T.cpu().numpy()
 
-    def _forward(
-        self, ids: torch.Tensor, cache: Any, mask: _Mask, positions: torch.Tensor
-    ) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, cache: Any, mask: _Mask, positions: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] after one more token each."""
         given: dict[str, Any] = {"attention_mask": mask.step()}
         if self.positioned:
@@ -477,9 +485,7 @@ class _Decoder:
         return output, output.past_key_values
 
 
-def _joined(
-    parts: Sequence[DynamicLayer], rows: Sequence[torch.Tensor], seen: int, room: int
-) -> _Columns:
+def _joined(parts: Sequence[DynamicLayer], rows: Sequence[torch.Tensor], seen: int, room: int) -> _Columns:
     """One layer's keys and values of all chunks, repeated for their copies, as columns that end together."""
     used = parts[0].keys.shape[2]
 
