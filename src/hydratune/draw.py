@@ -50,7 +50,8 @@ def draw(
         allowed = logits[:, :vocab_size]
         norm = logits.logsumexp(dim=-1)
     if top_k is not None and top_k < allowed.shape[1]:
-        ids = _among(*allowed.topk(top_k, dim=-1), uniform, top_p, min_p)
+        values, ids = allowed.topk(top_k, dim=-1)
+        ids = _among(values, ids, uniform, top_p, min_p)
     else:
         ids, total = _anywhere(allowed, uniform, top_p, min_p)
         norm = total if norm is None else norm

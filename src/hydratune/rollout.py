@@ -2,8 +2,8 @@
 
 One loop of our own over `model(input_ids, past_key_values=…)`; bench/generation.py holds it against the ways of transformers.
 What makes it fast: prompts are sorted by length and prefilled in chunks with little padding, each distinct prompt once;
-keys and values are written in place into memory that grows by steps, instead of concatenated; masks are made once and
-not at every step; rows that have stopped leave the batch; sampling takes one random number a token (`draw.py`).
+keys and values are written in place, and masks made once (`columns.py`); rows that have stopped leave the batch; sampling
+takes one random number a token (`draw.py`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from hydratune import columns
 from hydratune.attention import NAME
+from hydratune.columns import Mask, joined
 from hydratune.draw import draw
 from hydratune.errors import UserError, Violation
 
-_ROOM = 64  # columns by which the cache grows
 _KEPT = 0.8  # rows leave the batch once no more than this share of it goes on
 # how much padding, in tokens, one more forward pass over prompts has to save; and steps between looks at who has stopped
 # (free on a CPU, a host sync elsewhere)
@@ -136,7 +131,7 @@ def generate(
     logps: list[np.ndarray] = [np.empty(0, np.float32)] * count
     stopped = np.zeros(count, dtype=bool)
     # the longest first, so that a lack of memory shows at once; equal prompts side by side
-    keys = [(-len(p), tuple(p)) for p in prompts]
+    keys = [(-len(p), tuple(map(int, p))) for p in prompts]
     order = [p * copies + c for p in sorted(range(len(prompts)), key=keys.__getitem__) for c in range(copies)]
     with _generating(model), torch.no_grad():
         decoder = _Decoder(model, sampling, context)
@@ -202,110 +197,6 @@ def _generating(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for module in checkpointed:
             module.gradient_checkpointing = True
-
-
-class _Columns(CacheLayerMixin):
-    """Keys and values [B, H, T, D] with room for more columns, written in place.
-
-    Args:
-        keys, values: memory, of which the first `used` columns are filled.
-        seen: tokens so far, padding included.
-        window: of sliding attention; only so many of the last columns are ever read.
-    """
-
-    def __init__(
-        self, keys: torch.Tensor, values: torch.Tensor, used: int, seen: int, window: int | None
-    ) -> None:
-        super().__init__()
-        self.window, self.is_sliding, self.is_initialized = window, window is not None, True
-        self.keys, self.values, self.used, self.seen = keys, values, used, seen
-
-    def _move(self, rows: torch.Tensor | None, room: int) -> None:
-        first = 0 if self.window is None else max(0, self.used - self.window + 1)
-        self.keys, self.values = (self._moved(old, first, rows, room) for old in (self.keys, self.values))
-        self.used -= first
-
-    def _moved(self, old: torch.Tensor, first: int, rows: torch.Tensor | None, room: int) -> torch.Tensor:
-        old = old[:, :, first : self.used]
-        many, heads, length, size = old.shape
-        new = old.new_empty(many if rows is None else len(rows), heads, length + room, size)
-        new[:, :, :length] = old if rows is None else old.index_select(0, rows)
-        return new
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: there is a prompt from the start."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.used == self.keys.shape[2]:
-            self._move(None, _ROOM)
-        end = self.used + 1
-        self.keys[:, :, self.used : end] = key_states
-        self.values[:, :, self.used : end] = value_states
-        self.used, self.seen = end, self.seen + 1
-        first = 0 if self.window is None else max(0, end - self.window)
-        return self.keys[:, :, first:end], self.values[:, :, first:end]
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keep these rows."""
-        self._move(beam_idx, max(1, self.keys.shape[2] - self.used))
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        reach = self.seen + query_length
-        first = 0 if self.window is None else max(0, reach - self.window)
-        return reach - first, first
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class _Mask:
-    """What a step's one query a row attends to: made once for all steps, of which each reads one column more.
-
-    Args:
-        padding: [B], columns in front that no query sees.
-        seen: columns of the prompts.
-        room: columns to come.
-        dtype: of an additive mask [B, 1, 1, T]; None: a mask of tokens [B, T].
-        windows: of each type of layer that has a mask of its own; of all layers under "".
-        needed: whether anything is masked at all.
-    """
-
-    def __init__(
-        self,
-        padding: torch.Tensor,
-        seen: int,
-        room: int,
-        dtype: torch.dtype | None,
-        windows: dict[str, int | None],
-        needed: bool,
-    ) -> None:
-        self.seen, self.windows, self.additive, self.needed = seen, windows, dtype is not None, needed
-        visible = torch.arange(seen + room, device=padding.device) >= padding[:, None]
-        if dtype is None:
-            self.whole = visible.long()
-        else:
-            hidden = torch.zeros(visible.shape, dtype=dtype, device=padding.device)
-            self.whole = hidden.masked_fill_(~visible, torch.finfo(dtype).min)[:, None, None]
-
-    def keep(self, rows: torch.Tensor) -> None:
-        self.whole = self.whole[rows]
-
-    def step(self) -> Any:
-        self.seen += 1
-        if not self.additive:
-            return self.whole[:, : self.seen]
-        masks = {kind: self._reach(window) for kind, window in self.windows.items()}
-        return masks.get("", masks)
-
-    def _reach(self, window: int | None) -> torch.Tensor | None:
-        if not self.needed:
-            return None
-        return self.whole[..., 0 if window is None else max(0, self.seen - window) : self.seen]
 
 
 class _Decoder:
@@ -411,7 +302,7 @@ class _Decoder:
                 positions = positions.clamp(max=self.last_position)
         return tokens.T.cpu().numpy(), logps.T.cpu().numpy()
 
-    def _forward(self, ids: torch.Tensor, cache: Any, mask: _Mask, positions: torch.Tensor) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, cache: Any, mask: Mask, positions: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] after one more token each."""
         given: dict[str, Any] = {"attention_mask": mask.step()}
         if self.positioned:
@@ -421,7 +312,7 @@ class _Decoder:
 
     def _prefill(
         self, prompts: list[tuple[int, ...]], steps: int
-    ) -> tuple[torch.Tensor, Any, _Mask, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Any, Mask, torch.Tensor]:
         """Logits [B, V] after the prompts, their cache, the mask of what follows, and the next token's positions [B]."""
         places = {p: i for i, p in enumerate(dict.fromkeys(prompts))}
         copies = [0] * len(places)
@@ -441,9 +332,9 @@ class _Decoder:
         width = virtual + len(prompts[0])
         lengths = torch.tensor([virtual + len(p) for p in prompts], device=self.device)
         if self.columns:
-            room = min(steps, _ROOM)
+            room = min(steps, columns.ROOM)
             layers = zip(*(cache.layers for cache in caches), strict=True)
-            cache = Cache(layers=[_joined(parts, rows, width, room) for parts in layers])
+            cache = Cache(layers=[joined(parts, rows, width, room) for parts in layers])
         else:
             cache = caches[0]
             if len(places) < len(prompts):
@@ -451,7 +342,7 @@ class _Decoder:
         dtype = cache.layers[0].keys.dtype if self.columns else None
         padded = len(prompts[-1]) < len(prompts[0])
         needed = padded or (set(self.windows) == {""} and self.windows[""] is not None)
-        mask = _Mask(width - lengths, width, steps, dtype, self.windows, needed)
+        mask = Mask(width - lengths, width, steps, dtype, self.windows, needed)
         return torch.cat(logits), cache, mask, lengths
 
     def _chunks(self, prompts: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
@@ -483,21 +374,3 @@ class _Decoder:
                 given["position_ids"] = torch.from_numpy(positions).to(self.device)
         output = self.prefiller(**given, use_cache=True)
         return output, output.past_key_values
-
-
-def _joined(parts: Sequence[DynamicLayer], rows: Sequence[torch.Tensor], seen: int, room: int) -> _Columns:
-    """One layer's keys and values of all chunks, repeated for their copies, as columns that end together."""
-    used = parts[0].keys.shape[2]
-
-    def join(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        _, heads, _, size = tensors[0].shape
-        whole = tensors[0].new_zeros(sum(map(len, rows)), heads, used + room, size)
-        at = 0
-        for tensor, index in zip(tensors, rows, strict=True):
-            place = whole[at : at + len(index), :, used - tensor.shape[2] : used]
-            place.copy_(tensor if len(index) == len(tensor) else tensor.index_select(0, index))
-            at += len(index)
-        return whole
-
-    window = parts[0].sliding_window if isinstance(parts[0], DynamicSlidingWindowLayer) else None
-    return _Columns(join([p.keys for p in parts]), join([p.values for p in parts]), used, seen, window)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hydratune import attention, rollout
+from hydratune import attention, columns, rollout
 from hydratune.draw import draw
 from hydratune.errors import UserError
 from hydratune.rollout import Sampling, generate
@@ -73,7 +73,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     ],
 )
 def test_greedy_is_that_of_transformers(kind, implementation, fields, monkeypatch):
-    monkeypatch.setattr(rollout, "_ROOM", 7)  # the cache grows several times, and moves its windows
+    monkeypatch.setattr(columns, "ROOM", 7)  # the cache grows several times, and moves its windows
     model = model_of(kind, implementation, **fields)
     prompts = prompts_of()
     expected = theirs(model, prompts)
