@@ -38,7 +38,6 @@ MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "top_p 0.9": {"top_p": 0.9},
     "top_k 50": {"top_k": 50},
-    "greedy": {"temperature": 0},
 }
 Arm = Callable[[Any, list[list[int]], rollout.Sampling], list[np.ndarray]]
 
@@ -75,11 +74,9 @@ def until_stop(rows: np.ndarray) -> list[np.ndarray]:
 
 
 def as_transformers(sampling: rollout.Sampling, **more: Any) -> GenerationConfig:
-    drawn = sampling.temperature > 0
-    cuts = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p}
     return GenerationConfig(
-        max_new_tokens=sampling.max_new_tokens, do_sample=drawn, eos_token_id=STOP, pad_token_id=0, **more,
-        **(cuts if drawn else {}),
+        max_new_tokens=sampling.max_new_tokens, do_sample=True, top_k=sampling.top_k or 0, top_p=sampling.top_p,
+        eos_token_id=STOP, pad_token_id=0, **more,
     )  # fmt: skip
 
 
@@ -131,16 +128,7 @@ def by_plain_loop(static: bool) -> Arm:
                 input_ids=ids, attention_mask=mask[:, :end], position_ids=positions[:, at:end], past_key_values=cache,
                 use_cache=True, logits_to_keep=1,
             ).logits[:, -1]  # fmt: skip
-            if sampling.temperature > 0:
-                ids, _ = draw(
-                    logits,
-                    numbers[:, step],
-                    temperature=sampling.temperature,
-                    top_k=sampling.top_k,
-                    top_p=sampling.top_p,
-                )
-            else:
-                ids = logits.argmax(-1)
+            ids, _ = draw(logits, numbers[:, step], top_k=sampling.top_k, top_p=sampling.top_p)
             made.append(ids)
             going &= ids != STOP
             if not going.any():
