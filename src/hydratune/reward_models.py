@@ -6,12 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from hydratune import attention
-from hydratune.completions import Completions
+from hydratune.completions import Completions, asked
 from hydratune.data.collate_preference import Layout
 from hydratune.data.render import RowFault, encode_conversations
 from hydratune.errors import TrainingFailed, UserError, Violation
@@ -32,10 +33,12 @@ _SPARE = (
 class RewardModel:
     """A sequence-classification model with one label that scores prompts with completions.
 
-    With the policy's vocabulary and special tokens it reads the policy's token ids as they are. Otherwise it reads
-    text in its own tokens: conversations through its own chat template, which ends the answer's turn whether or not
-    the policy did; and plain text, decoded, with its own EOS after a completion that ended with the policy's.
-    The score is that of the last token. Models without a `score` head (encoders) give their own logit.
+    With the policy's vocabulary and special tokens it reads the policy's token ids as they are; in conversations
+    followed by what the chat template writes after the end of a turn (a line break, in ChatML), where the policy came to
+    one, because that is the token at which reward models learn their score. Otherwise it reads text in its own tokens:
+    conversations through its own chat template, which ends the answer's turn whether or not the policy did; and plain
+    text, decoded, with its own EOS after a completion that ended with the policy's. The score is that of the last
+    token. Models without a `score` head (encoders) give their own logit.
 
     Args:
         source: instance (used as it is: moved to the device, frozen, without dropout), directory (of an adapter or a
@@ -72,6 +75,7 @@ class RewardModel:
         home = source if isinstance(source, str) else getattr(model.config, "_name_or_path", "")
         own = self._tokenizer(tokenizer, home)
         self._fit(own)
+        self._turn_end = turn_end(own if own is not None and own.chat_template else policy_tokenizer)
         self._own: Any = None if own is None or same_tokens(own, policy_tokenizer) else own
         settled = SimpleNamespace(padding_free=padding_free)
         settle_padding(settled, model)
@@ -189,8 +193,10 @@ class RewardModel:
     def _tokens(self, batch: Completions, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
         """What the model reads of each row, in two parts, end to end."""
         if self._own is None:
-            pairs = zip(batch.prompt_ids, batch.completion_ids, strict=True)
-            return [(np.asarray(p, dtype=np.int64), np.asarray(c, dtype=np.int64)) for p, c in pairs]
+            return [
+                (np.asarray(p, dtype=np.int64), self._closed(np.asarray(c, dtype=np.int64), asked(row)))
+                for row, p, c in zip(batch.rows, batch.prompt_ids, batch.completion_ids, strict=True)
+            ]
         ids: dict[int, np.ndarray] = {}
         chats = [i for i, prompt in enumerate(batch.prompts) if not isinstance(prompt, str)]
         texts = [i for i, prompt in enumerate(batch.prompts) if isinstance(prompt, str)]
@@ -202,6 +208,12 @@ class RewardModel:
             ids |= zip(texts, map(np.asarray, self._own(whole, verbose=False)["input_ids"]), strict=True)
         nothing = np.empty(0, dtype=np.int64)
         return [(nothing, ids[i].astype(np.int64)) for i in range(len(batch))]
+
+    def _closed(self, completion: np.ndarray, prompt: Any) -> np.ndarray:
+        end = self._turn_end
+        if isinstance(prompt, list) and len(end) > 1 and len(completion) and completion[-1] == end[0]:
+            return np.concatenate((completion, end[1:]))
+        return completion
 
     def _rendered(self, batch: Completions, which: list[int], name: str) -> list[np.ndarray]:
         if not self._own.chat_template:
@@ -264,6 +276,24 @@ class RewardModel:
         with ScoreHead(self.model, layout) as head:
             self.model(**inputs, use_cache=False)
         return head.scores.float()
+
+
+def turn_end(tokenizer: Any) -> np.ndarray:
+    """The ids that a chat template writes after an answer, which begin with the end of its turn; none where unknown."""
+    answer = "Blue."
+    probe = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(probe, tokenize=False)
+    except (
+        jinja2.TemplateError,
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+    ):  # no template, or one for other turns
+        return np.empty(0, dtype=np.int64)
+    tail = text.rpartition(answer)[2]
+    return np.asarray(tokenizer(tail, add_special_tokens=False)["input_ids"], dtype=np.int64)
 
 
 def same_tokens(one: Any, other: Any) -> bool:

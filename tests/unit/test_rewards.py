@@ -23,10 +23,11 @@ from transformers import PreTrainedTokenizerFast as Fast
 from hydratune import RewardConfig, RewardTrainer, attention
 from hydratune.completions import Completions, asked
 from hydratune.data.builtin import arithmetic
+from hydratune.data.tokenize_preference import PreferenceOptions, tokenize_preference
 from hydratune.errors import TrainingFailed, UserError
 from hydratune.held import in_child
 from hydratune.models import ModelRecipe, byte_tokenizer
-from hydratune.reward_models import micro_batches, same_tokens
+from hydratune.reward_models import micro_batches, same_tokens, turn_end
 from hydratune.reward_sources import unique
 from hydratune.rewards import Rewards, check_sources, correct
 
@@ -101,7 +102,9 @@ def alone(model, ids: list) -> torch.Tensor:
 
 
 def joined(rows: list[dict]) -> list[np.ndarray]:
-    return [np.concatenate(pair) for pair in zip(*ids_of(rows), strict=True)]
+    """What a model with the policy's tokens reads: in ChatML a line break follows the end of a turn."""
+    after = [[] if isinstance(row["prompt"], str) else TOKENS("\n")["input_ids"] for row in rows]
+    return [np.concatenate(parts) for parts in zip(*ids_of(rows), after, strict=True)]
 
 
 def wrong(*sources, columns=("prompt",), **options) -> str:
@@ -140,6 +143,37 @@ def test_scores_are_those_of_the_model_on_each_row_alone(rows, attn, padding_fre
     expected = alone(tree(), joined(rows))
     assert torch.allclose(scored.total, expected, atol=1e-5)
     assert expected.std() > 0.1 and scored.total.dtype == torch.float32
+
+
+@pytest.mark.parametrize("own", [None, "same tokens", "other tokens"])
+@pytest.mark.parametrize("rows", [plain_rows(), chat_rows()], ids=["plain", "chat"])
+def test_a_model_reads_what_reward_models_are_trained_on(rows, own):
+    """To the token: a score at another place than in training means nothing."""
+    reader = {None: None, "same tokens": byte_tokenizer(), "other tokens": other_tokenizer()}[own]
+    made = rewards(tree(), tokenizers=[reader])
+    wrap = lambda a, row: a if isinstance(row["prompt"], str) else [{"role": "assistant", "content": a}]  # noqa: E731
+    pairs = [
+        {"prompt": row["prompt"], "chosen": wrap(a, row), "rejected": wrap(a + "!", row)}
+        for row, a in zip(rows, ANSWERS, strict=True)
+    ]
+    trained, _ = tokenize_preference(
+        Dataset.from_list(pairs), reader or TOKENS, PreferenceOptions("preference", None), where="pairs"
+    )
+    (scorer,) = made._scorers.values()
+    read = scorer._tokens(Completions(rows, *ids_of(rows), TOKENS), "judge")
+    assert [np.concatenate(parts).tolist() for parts in read] == [
+        row["prompt_ids"] + row["chosen_ids"] for row in trained
+    ]
+
+
+def test_a_cut_answer_is_read_as_it_is():
+    prompts, completions = ids_of(chat_rows())
+    cut = [ids[:-1] for ids in completions]
+    scored = rewards(tree())(chat_rows(), prompts, cut)
+    expected = alone(tree(), [np.concatenate(pair) for pair in zip(prompts, cut, strict=True)])
+    assert torch.allclose(scored.total, expected, atol=1e-5)
+    assert turn_end(other_tokenizer(template=False)).size == 0
+    assert turn_end(TOKENS).tolist() == [TOKENS.eos_token_id, *TOKENS("\n")["input_ids"]]
 
 
 @pytest.mark.parametrize("padding_free", [True, False])
