@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -587,13 +588,24 @@ def test_an_async_function_that_does_not_end_is_left():
     assert "within 0.2 s" in fails(blocks, timeout=0.2)
     assert time.monotonic() - began < 2
 
+
+def test_a_failure_cancels_what_still_runs():
+    started, cancelled = threading.Event(), threading.Event()
+
+    async def hangs(completions):
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.set()
+
     def broken(completions):
+        assert started.wait(20)
         raise ValueError("first")
 
-    made = rewards(hangs, broken)
     with pytest.raises(TrainingFailed, match="broken failed"):
-        judge(made)
-    assert time.monotonic() - began < 4
+        judge(rewards(hangs, broken))
+    assert cancelled.wait(20)
 
 
 @pytest.mark.parametrize(
