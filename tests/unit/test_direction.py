@@ -20,6 +20,9 @@ LIGHT = [
     "command",
     "checks",
     "checks_model",
+    "completions",
+    "reward_sources",
+    "rewards",
     "__init__",
 ]  # read before torch may be imported
 
