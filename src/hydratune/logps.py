@@ -188,6 +188,7 @@ class LogpsHead(Head):
         positions: [N], of the states that predict the targets, in the flattened [R·T].
         targets: token ids [N].
         stats: as for `token_logps`.
+        temperature: divides the logits.
     """
 
     logps: torch.Tensor
@@ -200,20 +201,27 @@ class LogpsHead(Head):
         positions: torch.Tensor,
         targets: torch.Tensor,
         stats: Collection[str] = (),
+        temperature: float = 1.0,
     ) -> None:
         super().__init__(model)
+        self._temperature = temperature
         self._length, self._positions, self._targets, self._wanted = length, positions, targets, stats
 
     def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         rows = rows_at(hidden, self._length, self._positions)
-        if plain := self._linear(rows):
+        cools = self._temperature != 1.0
+        plain = None if cools and self._softcap is not None else self._linear(rows)
+        if plain is not None:
             rows, weight, bias = plain
+            if cools:  # the head is linear, so that its input may be divided
+                rows = rows / self._temperature
+                bias = None if bias is None else bias / self._temperature
             self.logps, self.stats = token_logps(
                 rows, weight, self._targets, bias, softcap=self._softcap, stats=self._wanted
             )
         else:
             logits = self._logits(rows, *args, **kwargs)
-            self.logps, self.stats = logps_of(logits, self._targets, self._wanted)
+            self.logps, self.stats = logps_of(logits / self._temperature, self._targets, self._wanted)
         return self.logps.sum().reshape(1, 1, 1)
 
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from hydratune.algos.policy import Judged, PolicyConfig, PolicyTrainer, by_sequence
+from hydratune.algos.judge import Judged, by_sequence
+from hydratune.algos.policy import PolicyConfig, PolicyTrainer
 from hydratune.data.collate_preference import PreferenceCollator
 from hydratune.data.pipeline import prepare_preference
 from hydratune.losses import DPO_LOSSES, dpo_loss

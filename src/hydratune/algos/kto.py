@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import SequentialSampler
 
-from hydratune.algos.policy import Judged, PolicyConfig, PolicyTrainer
+from hydratune.algos.judge import Judged
+from hydratune.algos.policy import PolicyConfig, PolicyTrainer
 from hydratune.data.collate_preference import UnpairedCollator
 from hydratune.data.pipeline import prepare_preference
 from hydratune.data.sampling import BothClassesSampler, other_rows

@@ -1,13 +1,10 @@
-"""What algorithms share that judge whole completions under a policy and under a reference.
+"""What DPO and KTO share: a policy that learns from given rows, held to a reference that may stay, move, or be precomputed.
 
-Their batches are layouts (`data/collate_preference.py`); a completion's log-probs come from inside the head, so that
-logits of all tokens never exist; losses are means over the rows of the accumulated, cross-device batch.
+Losses are means over the rows of the accumulated, cross-device batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,22 +15,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 
 from hydratune.algos.arguments import BaseConfig
-from hydratune.algos.base import BaseTrainer
+from hydratune.algos.judge import Judged, JudgingTrainer
 from hydratune.data.cache import cached, rows_fingerprint
 from hydratune.errors import UserError, Violation
-from hydratune.fused_head import rows_at
-from hydratune.logps import LogpsHead, TokenStats, logps_of
 from hydratune.models import ModelRecipe
-from hydratune.packing import settle_padding
-from hydratune.reference import Reference, without_dropout
+from hydratune.reference import Reference
 from hydratune.rowfile import append_rows
 from hydratune.samples import greedy
 from hydratune.settings import option
 
-_OF_THE_MODEL = (
-    "input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
-    "key_index",
-)  # fmt: skip
 _SHOWN, _NEW_TOKENS = 4, 64  # evaluation prompts that are completed, and how far
 _REFERENCE = "reference.pt"  # of a checkpoint, where the reference moves
 
@@ -70,61 +60,7 @@ class PolicyConfig(BaseConfig):
     )
 
 
-@dataclass
-class Judged:
-    """Log-probs of a layout's completions.
-
-    Attributes:
-        per_token: [N], of the layout's targets.
-        logps: [S], of sequences: sums over their tokens.
-        stats: by-products of each token.
-        outputs: of the model.
-    """
-
-    per_token: torch.Tensor
-    logps: torch.Tensor
-    stats: TokenStats
-    outputs: Any
-
-
-class RowTrainer(BaseTrainer):
-    """A trainer whose batches are layouts, and whose loss is a mean over rows, not over tokens."""
-
-    def inputs_of(self, layout: dict[str, Any]) -> dict[str, Any]:
-        """What the model takes of a layout."""
-        inputs = {name: layout[name] for name in _OF_THE_MODEL if name in layout}
-        if self.balances_experts and torch.is_grad_enabled():
-            inputs["output_router_logits"] = True
-        return inputs
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """Rows (not labels) of the accumulated batch, over all devices."""
-        rows = torch.full((), sum(map(self.rows_of, batch_samples)), device=device)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            rows = self.accelerator.reduce(rows, reduction="sum")
-        return rows
-
-    def rows_of(self, batch: dict[str, Any]) -> int:
-        raise NotImplementedError
-
-    def make_ready(self, model: Any, args: Any, tokenizer: Any) -> None:
-        settle_padding(args, model)
-        if args.disable_dropout:
-            without_dropout(model)
-
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> Any:
-        """Predictions are rewards, explicit or implicit."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        return loss.detach(), outputs["rewards"], outputs["labels"]
-
-
-class PolicyTrainer(RowTrainer):
+class PolicyTrainer(JudgingTrainer):
     """A trainer with a policy and a reference; see `BaseTrainer`.
 
     Args:
@@ -178,7 +114,6 @@ class PolicyTrainer(RowTrainer):
             **older_names,
         )
         self._brings_adapter = self.recipe is None and peft_config is None  # if there is one
-        self.reference: Reference | None = None
         self._set_reference(ref_model)
 
     # -- model ---------------------------------------------------------------------------------------------------
@@ -273,61 +208,7 @@ class PolicyTrainer(RowTrainer):
         if wrong:
             raise UserError(wrong)
 
-    def _load_reference(self, name: str | None) -> Any:
-        own = self.recipe
-        assert own is not None or name is not None
-        recipe = ModelRecipe(
-            name_or_path=name or own.name_or_path,  # type: ignore[union-attr]
-            architecture=None if name else own.architecture,  # type: ignore[union-attr]
-            init_kwargs=self.args.ref_model_init_kwargs or {},
-            dtype=next(self.model.parameters()).dtype,
-            attn_implementation=self.model.config._attn_implementation,
-            seed=own.seed if own else self.args.seed,
-            trust_remote_code=self.args.trust_remote_code,
-        )
-        return recipe.build()
-
     # -- log-probs -----------------------------------------------------------------------------------------------
-
-    def judge(self, model: Any, layout: dict[str, Any], stats: Collection[str] = ()) -> Judged:
-        """One forward pass over a layout.
-
-        Args:
-            stats: which of `logps.STATS` are wanted.
-        """
-        inputs = self.inputs_of(layout)
-        length, positions, targets = inputs["input_ids"].shape[1], layout["positions"], layout["targets"]
-        if self.head_is_fused(model):
-            with LogpsHead(model, length, positions, targets, stats) as head:
-                outputs = model(**inputs, use_cache=False)
-            per_token, made = head.logps, head.stats
-        else:
-            outputs = model(**inputs, use_cache=False)
-            per_token, made = logps_of(rows_at(outputs.logits, length, positions), targets, stats)
-        return Judged(per_token, self.summed(per_token, layout), made, outputs)
-
-    @contextmanager
-    def without_dropout(self) -> Iterator[None]:
-        """A forward pass without noise in the midst of training: for the reference, and for what is estimated."""
-        noisy = [] if self.args.disable_dropout else [m for m in self.model.modules() if m.training]
-        for module in noisy:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in noisy:
-                module.training = True
-
-    def summed(self, per_token: torch.Tensor, layout: dict[str, Any]) -> torch.Tensor:
-        """log π of each sequence, [S], from those of its tokens, [N]."""
-        return by_sequence(per_token, layout)
-
-    def judge_by_reference(self, layout: dict[str, Any]) -> torch.Tensor:
-        """log π_ref of each sequence, [S]."""
-        assert self.reference is not None
-        policy = self.accelerator.unwrap_model(self.model)
-        with self.without_dropout(), self.reference.of(policy) as model, self.accelerator.autocast():
-            return self.judge(model, layout).logps
 
     def reference_columns(self, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """`REFERENCE_COLUMNS` of a batch, [B] each."""
@@ -466,9 +347,3 @@ class _Follow(TrainerCallback):
 
 def _on_host(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
-
-
-def by_sequence(values: torch.Tensor, layout: dict[str, Any]) -> torch.Tensor:
-    """Sums over the completion tokens of each sequence: [N] → [S]."""
-    sums = values.new_zeros(len(layout["lengths"]))
-    return sums.index_add(0, layout["sequences"], values)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hydratune.algos.arguments import BaseConfig
-from hydratune.algos.policy import RowTrainer
+from hydratune.algos.judge import RowTrainer
 from hydratune.data.collate_preference import PreferenceCollator
 from hydratune.data.pipeline import prepare_preference
 from hydratune.data.table import to_dataset
