@@ -23,12 +23,14 @@ class Case:
         adapter: train an adapter.
         streaming: the training rows are a stream.
         evaluates: there are evaluation rows.
+        pairs_given: KTO's rows bring their mismatched completions.
     """
 
     options: Mapping[str, Any]
     adapter: bool = False
     streaming: bool = False
     evaluates: bool = False
+    pairs_given: bool = False
 
 
 def _positive(case: Case, *names: str) -> Iterator[Problem]:
@@ -110,6 +112,8 @@ def _kto_can_estimate(case: Case) -> Iterator[Problem]:
         case, "desirable_weight", "undesirable_weight", "max_prompt_length", "max_completion_length"
     )
     if options.get("loss_type", "kto") != "kto" or options.get("precompute_ref_log_probs"):
+        return
+    if case.pairs_given:
         return
     keys = {"batch_size": "train"}
     if case.evaluates:

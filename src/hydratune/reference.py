@@ -17,19 +17,22 @@ from torch import nn
 
 Kind = Literal["adapter off", "first adapter", "frozen copy", "given", "policy itself"]
 _FIRST = "reference"  # name of the adapter that is kept as it was
-_PART = 2**24
+_PART = 2**24  # values that are summed in fp64 at a time
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Dropout off for good, in layers and in attention, so that policy and reference differ by their weights alone."""
+    """Dropout off for good, so that policy and reference differ by their weights alone.
+
+    In layers, in attention, and in the config, which some families read in every forward pass.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for name, value in vars(
-            module
-        ).items():  # attention_dropout, hidden_dropout, attn_pdrop, layerdrop, …
-            if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)
+        for owner in (module, getattr(module, "config", None)):
+            # attention_dropout, hidden_dropout, attn_pdrop, layerdrop, …
+            for name, value in [*getattr(owner, "__dict__", {}).items()]:
+                if isinstance(value, float) and "drop" in name:
+                    setattr(owner, name, 0.0)
 
 
 def frozen(model: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hydratune import checks, checks_model, held
 from hydratune.checkpoints import last_checkpoint
+from hydratune.data.builtin import answered
 from hydratune.errors import Interrupted, OutOfMemory, Pruned, UserError, Violation
 from hydratune.objective import named
 from hydratune.settings import RunSettings
@@ -170,28 +171,26 @@ def _data(
     train_rows, eval_rows = load(data, seed, goal)
     reports: dict[str, Any] = {}
     ready: dict[str, Any] = {"train": None, "eval": None}
-    formatted: dict[str, Any] = {}
     for name, rows in (("train", train_rows), ("eval", eval_rows)):
         if rows is None:
             continue
-        formatted[name] = format_rows(rows, data, where=name, goal=goal, seed=settings.seed)
         ready[name], reports[name] = trainer_class.prepare_rows(
-            formatted[name], tokenizer, args, where=name, training=name == "train", cache=data.cache
+            rows, tokenizer, args, where=name, training=name == "train", cache=data.cache, settings=data
         )
     few: list[dict[str, Any]] = []
-    if "eval" in formatted and settings.tracking.samples:
-        first = next(iter(formatted["eval"]))
-        shown = settings.tracking.samples
-        verified = trainer_class.generates and "answer" in first
-        # of pairs that are scored some may be too long
-        many = _VERIFIED_ROWS if verified else shown if trainer_class.generates else 4 * shown
-        few = [row for row, _ in zip(formatted["eval"], range(many), strict=False)]
+    if eval_rows is not None and (shown := settings.tracking.samples):
+        head = eval_rows.take(_VERIFIED_ROWS)
+        few = [*format_rows(head, data, where="eval", goal=goal)]
+        if not trainer_class.generates:
+            few = few[: 4 * shown]  # some may be too long for a score
+        elif not any(map(answered, few)):
+            few = few[:shown]
     return ready["train"], ready["eval"], few, reports
 
 
 def _can_verify(settings: RunSettings, rows: list[dict[str, Any]]) -> None:
     asked = any(o.metric == "verified_accuracy" for o in named(settings.objective))
-    if asked and not (rows and "answer" in rows[0]):
+    if asked and not any(map(answered, rows)):
         why = (
             "evaluation rows have no column answer with a whole number"
             if rows

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hydratune.data.builtin import verify
+from hydratune.data.builtin import answered, verify
 
 
 def split_prompt(row: dict[str, Any]) -> tuple[Any, str] | None:
@@ -46,7 +46,7 @@ def complete(
     for (row, _, reference), text, completion in zip(asked, texts, completions, strict=True):
         beside = "undesirable" if row.get("label") is False else "reference"
         sample = {"prompt": text, "completion": completion, beside: reference}
-        if "answer" in row:
+        if answered(row):
             sample["correct"] = verify(row, completion)
         samples.append(sample)
     return samples

@@ -7,8 +7,9 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_preference_invariants import CLASSES, LORA, fixed_pairs, recipe, rows, same, trainer, trajectory
+from transformers.integrations.neftune import activate_neftune
 
 from hydratune import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, UserError
 from hydratune.algos.kto import with_fixed_pairs
@@ -77,7 +78,7 @@ def test_a_reference_follows_by_its_share():
         torch.testing.assert_close(new, old + 0.25)
 
 
-@pytest.mark.parametrize("family", ["opt", "bloom", "gpt2", "qwen2"])
+@pytest.mark.parametrize("family", ["opt", "bloom", "gpt2", "qwen2", "falcon"])
 def test_no_dropout_is_left(family):
     """Two passes in training mode are the same, whatever a family calls its dropout."""
     sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -91,6 +92,7 @@ def test_no_dropout_is_left(family):
         },
         "bloom": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
         "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+        "falcon": {"attention_dropout": 0.5, "hidden_dropout": 0.5},
         "qwen2": {"attention_dropout": 0.5, "num_key_value_heads": 2, "intermediate_size": 64},
     }[family]
     model = ModelRecipe(architecture={"model_type": family, **sizes, **noise}, seed=0).build().train()
@@ -100,28 +102,60 @@ def test_no_dropout_is_left(family):
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+def brought() -> PeftModel:
+    """With an adapter that changes something, and has a dropout of its own."""
+    torch.manual_seed(3)
+    model = get_peft_model(recipe().build(), copy.deepcopy(LORA_DROPOUT))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+LORA_DROPOUT = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", lora_dropout=0.5)
+NOISE = {
+    "a frozen copy": {"disable_dropout": False},
+    "adapter off": {"disable_dropout": False, "peft_config": LORA_DROPOUT},
+    "adapter off, NEFTune": {"neftune_noise_alpha": 50.0, "peft_config": LORA_DROPOUT},
+    "first adapter": {"model": brought},
+}
+
+
 @pytest.mark.parametrize("algo", ["dpo", "kto"])
-def test_with_dropout_the_reference_is_still_without(algo, tmp_path):
-    """Its log-probs in the midst of training are those that are computed before training."""
+@pytest.mark.parametrize("case", NOISE)
+def test_the_reference_is_without_noise(algo, case, tmp_path):
+    """Its log-probs in the midst of training are those of evaluation; so are those that KTO's KL is estimated from."""
     data = fixed_pairs(16) if algo == "kto" else rows(algo, 16)
     trainer_class, config_class = CLASSES[algo]
+    given = dict(NOISE[case])
+    source = {"model": given.pop("model")()} if "model" in given else {}
+    if not source:
+        adapter = copy.deepcopy(given.pop("peft_config", None))
+        source = {
+            "model_init": lambda: ModelRecipe(architecture=NOISY, seed=1).build(),
+            "peft_config": adapter,
+        }
     run = trainer_class(
-        args=config_class(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_dropout=False),
-        train_dataset=data, processing_class=byte_tokenizer(), recipe=ModelRecipe(architecture=NOISY, seed=1),
+        args=config_class(output_dir=str(tmp_path), report_to=[], use_cpu=True, **given),
+        train_dataset=data, processing_class=byte_tokenizer(), **source,
     )  # fmt: skip
+    if given.get("neftune_noise_alpha"):
+        activate_neftune(run.model, 50.0, run.accelerator)
     batch = next(iter(run.get_train_dataloader()))
     layout = batch["pairs" if algo == "dpo" else "completions"]
     run.model.eval()
     still = run.judge_by_reference(layout)
     run.model.train()
     assert torch.equal(run.judge_by_reference(layout), still) and run.model.training
-    one, other = (run.judge(run.model, layout).logps for _ in range(2))
-    assert not torch.allclose(one, other)  # the policy has its dropout
     if algo == "kto":
         first, second = dict(batch), dict(batch)
         run._estimate_kl([first])
         run._estimate_kl([second])
         assert torch.equal(first["kl"], second["kl"])
+    if case in ("a frozen copy", "adapter off"):  # the policy has its dropout
+        one, other = (run.judge(run.model, layout).logps for _ in range(2))
+        assert not torch.allclose(one, other)
 
 
 def test_a_given_reference_takes_the_attention_of_the_policy(tmp_path):
@@ -161,16 +195,7 @@ def test_a_moving_reference_starts_anew_with_every_trial(tmp_path):
 
 
 def test_a_function_that_makes_adapted_models_is_held_against_their_adapters(tmp_path):
-    def make() -> PeftModel:
-        torch.manual_seed(3)
-        model = get_peft_model(recipe().build(), copy.deepcopy(LORA))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.3)
-        return model
-
-    run = dpo(tmp_path, model_init=make)
+    run = dpo(tmp_path, model_init=brought)
     assert run.reference.kind == "first adapter"
     assert trajectory(run)["loss"][0] == pytest.approx(0.6931, abs=1e-4)
 
@@ -229,10 +254,37 @@ def test_arguments_are_not_settled_in_the_callers_object(tmp_path):
 @pytest.mark.parametrize(
     "given,told",
     [
-        ({"ref_model_init_kwargs": {"dtype": "float32"}}, "the policy is an instance"),
+        ({"ref_model_init_kwargs": {"dtype": "float32"}}, "the policy is no id"),
         ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "fixes the reference before training"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(given, told, tmp_path):
     with pytest.raises(UserError, match=told):
         dpo(tmp_path, model=recipe().build(), options=given)
+
+
+def test_a_search_whose_models_differ_cannot_use_precomputed_log_probs(tmp_path):
+    seeds = iter(range(9))
+
+    def make():
+        return ModelRecipe(architecture=NOISY, seed=next(seeds)).build()
+
+    run = DPOTrainer(
+        args=DPOConfig(
+            output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=1, precompute_ref_log_probs=True
+        ),
+        model_init=make, train_dataset=rows("dpo", 8), eval_dataset=rows("dpo", 8), processing_class=byte_tokenizer(),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="not the one whose log-probs"):
+        run.hyperparameter_search(hp_space=lambda trial: {}, n_trials=1, backend="optuna")
+
+
+def test_trials_are_held_to_the_rules(tmp_path):
+    run = KTOTrainer(
+        args=KTOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, max_steps=1),
+        train_dataset=rows("kto", 16), eval_dataset=rows("kto", 8), processing_class=byte_tokenizer(), recipe=recipe(),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="batch of one"):
+        run.hyperparameter_search(
+            hp_space=lambda trial: {"per_device_train_batch_size": 1}, n_trials=1, backend="optuna"
+        )

@@ -53,6 +53,7 @@ RIGHT = [
     ("kto", {"per_device_eval_batch_size": 1}, {}),
     ("kto", {"per_device_train_batch_size": 1, "loss_type": "apo_zero_unpaired"}, {}),
     ("kto", {"per_device_train_batch_size": 1, "precompute_ref_log_probs": True}, {}),
+    ("kto", {"per_device_train_batch_size": 1}, {"pairs_given": True}),
     ("kto", {"max_prompt_length": 64, "max_length": None}, {}),
     ("reward", {"center_rewards_coefficient": 0.01}, {}),
 ]
@@ -90,10 +91,10 @@ CLASSES = {
 @pytest.mark.parametrize(
     "algo,options,key",
     [
-        ("kto", {"per_device_train_batch_size": 1}, "batch_size"),
+        ("kto", {"per_device_train_batch_size": 1}, "per_device_train_batch_size"),
         ("dpo", {"loss_type": "exo_pair"}, "label_smoothing"),
         ("dpo", {"beta": 0.0}, "beta"),
-        ("reward", {"train_sampling_strategy": "group_by_length"}, "trainer.train_sampling_strategy"),
+        ("reward", {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
     ],
 )
 def test_python_is_held_to_the_same_rules(algo, options, key, tmp_path):
@@ -107,3 +108,14 @@ def test_python_is_held_to_the_same_rules(algo, options, key, tmp_path):
             recipe=ModelRecipe(architecture={"model_type": "qwen2"}),
         )
     assert [v.key for v in raised.value.violations] == [key]
+    assert "algo." not in str(raised.value)
+
+
+def test_python_is_warned_too(tmp_path, caplog):
+    with pytest.raises(UserError), caplog.at_level("WARNING", "hydratune"):
+        DPOTrainer(
+            args=DPOConfig(output_dir=str(tmp_path), report_to=[], use_cpu=True, label_smoothing=0.1),
+            train_dataset=Dataset.from_list([{"nothing": 1}]), processing_class=byte_tokenizer(),
+            recipe=ModelRecipe(architecture={"model_type": "qwen2"}),
+        )  # fmt: skip
+    assert "label_smoothing=0.1 has no effect on sigmoid" in caplog.text

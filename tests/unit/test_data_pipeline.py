@@ -166,3 +166,20 @@ def test_split_and_wrapped_lose_no_token():
         assert sum(map(len, data["input_ids"])) == report.tokens == 312
     data, report = go(long, packing_strategy="bfd")
     assert (report.tokens, report.truncated, report.tokens_cut) == (139, 1, 173)
+
+
+def test_processes_that_build_together_agree_on_what_was_found(tmp_path, monkeypatch):
+    """Where one of them has not found the entry, all build it, because they may share the work."""
+    from hydratune.data.cache import cached
+
+    monkeypatch.setenv("HYDRATUNE_CACHE", str(tmp_path))
+    built = []
+
+    def build():
+        built.append(1)
+        return Dataset.from_list([{"a": len(built)}]), {}
+
+    cached({"k": 1}, build)
+    assert cached({"k": 1}, build)[2] and len(built) == 1
+    rows, _, found = cached({"k": 1}, build, agreed=lambda _: False)
+    assert not found and len(built) == 2 and rows[0] == {"a": 2}

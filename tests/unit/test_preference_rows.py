@@ -144,18 +144,14 @@ def test_pairs_are_taken_apart_and_shuffled_for_kto():
         Dataset.from_list(rows), byte_tokenizer(), args, where="rows", cache=False
     )
     assert again["completion_ids"][:] == made["completion_ids"][:]
-    # on the command line they are formatted first, and must be shuffled all the same
-    first = format_rows(
-        Dataset.from_list(rows), DataSettings(), where="rows", goal="unpaired", seed=args.seed
-    )
-    assert [row["label"] for row in first] == labels and first["label"][:] == labels
-    stream = format_rows(
-        Dataset.from_list(rows).to_iterable_dataset(), DataSettings(), where="rows", goal="unpaired", seed=3
-    )
-    found = [row["completion"] for row in stream]
-    assert (
-        len(found) == 100 and found != sorted(found, key=lambda c: (int(c[1:]), c)) and len({*found}) == 100
-    )
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    for how in ({}, {"formatting_func": lambda row: {k: row[k] for k in ("prompt", "chosen", "rejected")}}):
+        made, _ = KTOTrainer.prepare_rows(stream, byte_tokenizer(), args, where="rows", **how)
+        found = [row["label"] for row in made]
+        assert len(found) == 100 and sum(found) == 50 and found != [True, False] * 50
+    rows[3]["chosen"] = ""
+    with pytest.raises(UserError, match="rows row 4, column chosen"):  # where it stands in the file
+        KTOTrainer.prepare_rows(Dataset.from_list(rows), byte_tokenizer(), args, where="rows")
 
 
 BAD = {

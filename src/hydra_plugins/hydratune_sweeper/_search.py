@@ -129,18 +129,23 @@ def _check_metrics(settings: RunSettings, objectives: Sequence[str]) -> None:
         UserError: an objective, a bound or what the pruner sees is nothing that a trial logs.
     """
     known, wrong, search = loggable(settings), [], settings.sweep
+    during = [
+        name for name in known if name != "verified_accuracy"
+    ]  # which is known at the end, if rows have answers
+    of = {"objective": known, "sweep.prune_on": during}
+    of["sweep.constraints"] = known if settings.data.source == "builtin" else during
     named = {"objective": [Objective.parse(o).metric for o in objectives]}
     named["sweep.constraints"] = [Bound.parse(c).metric for c in search.constraints]
     named["sweep.prune_on"] = [search.prune_on] if search.prune_on else []
     for key, metrics in named.items():
         for metric in metrics:
-            if metric not in known:
+            if metric not in of[key]:
                 wrong.append(
                     Violation(
                         key,
                         metric,
                         "no such metric is logged",
-                        f"{nearest(metric, known)} (logged: {', '.join(known)})",
+                        f"{nearest(metric, of[key])} (logged: {', '.join(of[key])})",
                     )
                 )
     objective = named["objective"][0]

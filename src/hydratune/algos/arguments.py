@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import transformers
 from hydratune import checks_algo
 from hydratune.errors import UserError, Violation
 from hydratune.settings import option
+
+log = logging.getLogger("hydratune")
 
 
 @dataclass
@@ -101,8 +105,16 @@ def check_options(algo: str, args: Any, **facts: bool) -> None:
     """
     case = checks_algo.Case(vars(args), **facts)
     problems = [p for rule in checks_algo.RULES.get(algo, []) for p in rule(case)]
+    for line in (p for p in problems if isinstance(p, str)):
+        log.warning(_plain(line))
     if wrong := [p for p in problems if isinstance(p, Violation)]:
-        raise UserError(replace(v, key=v.key.removeprefix("algo.")) for v in wrong)
+        raise UserError(replace(v, key=_plain(v.key), why=_plain(v.why), fix=_plain(v.fix)) for v in wrong)
+
+
+def _plain(text: str) -> str:
+    """The command line's names of options as a config's."""
+    text = re.sub(r"\b(algo|trainer)\.(?=[a-z])", "", text)
+    return re.sub(r"(?<!_)\bbatch_size\b", "per_device_train_batch_size", text)
 
 
 def once(name: str, value: Any, old: str, old_value: Any) -> Any:

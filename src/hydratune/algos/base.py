@@ -7,6 +7,7 @@ checkpoint; and a loss that is not finite ends the run with advice.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -83,10 +84,13 @@ class BaseTrainer(transformers.Trainer):
         self._make_model = model_init
         self._peft_config, self._seed = peft_config, args.seed
         adapter = peft_config is not None or hasattr(model, "peft_config")
-        streamed = isinstance(train_dataset, IterableDataset)
-        check_options(
-            self.algo, args, adapter=adapter, streaming=streamed, evaluates=eval_dataset is not None
-        )
+        self._facts = {
+            "adapter": adapter,
+            "streaming": isinstance(train_dataset, IterableDataset),
+            "evaluates": eval_dataset is not None,
+            "pairs_given": "kl_completion_ids" in (getattr(train_dataset, "column_names", None) or ()),
+        }
+        check_options(self.algo, args, **self._facts)
         if isinstance(model, str):
             self.recipe = ModelRecipe(
                 name_or_path=model,
@@ -180,6 +184,7 @@ class BaseTrainer(transformers.Trainer):
                         "max_steps", args.max_steps, "streaming data has no known length", "set max_steps"
                     )
                 )
+            args.accelerator_config = copy.copy(args.accelerator_config)
             args.accelerator_config.dispatch_batches = False  # batches differ in shape between processes
         func: dict[str, Any] = {"formatting_func": self._formatting_func}
 
@@ -255,6 +260,11 @@ class BaseTrainer(transformers.Trainer):
             return super().hyperparameter_search(*args, **kwargs)
         finally:
             self.model_init = None  # type: ignore[assignment]
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if trial is not None:  # which may have set options
+            check_options(self.algo, self.args, **self._facts)
 
     def _ready_model(self, trial: Any = None) -> Any:
         model = self.fresh_model()

@@ -123,9 +123,9 @@ class JudgingTrainer(RowTrainer):
         return Judged(per_token, self.summed(per_token, layout), made, outputs)
 
     @contextmanager
-    def without_dropout(self) -> Iterator[None]:
-        """A forward pass without noise in the midst of training: for the reference, and for what is estimated."""
-        noisy = [] if self.args.disable_dropout else [m for m in self.model.modules() if m.training]
+    def still(self) -> Iterator[None]:
+        """Forward passes without noise (dropout of any adapter, NEFTune) in the midst of training."""
+        noisy = [m for m in self.model.modules() if m.training]
         for module in noisy:
             module.training = False
         try:
@@ -149,7 +149,7 @@ class JudgingTrainer(RowTrainer):
     def _under_reference(self, layout: dict[str, Any]) -> Judged:
         assert self.reference is not None
         policy = self.accelerator.unwrap_model(self.model)
-        with self.without_dropout(), self.reference.of(policy) as model, self.accelerator.autocast():
+        with self.still(), self.reference.of(policy) as model, self.accelerator.autocast():
             return self.judge(model, layout)
 
 

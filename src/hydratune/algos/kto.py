@@ -80,7 +80,24 @@ class KTOTrainer(PolicyTrainer):
             return made, report
         if training:
             _check_classes(report, args, where)
+        if (
+            args.estimates_kl
+            and args.precompute_ref_log_probs
+            and "kl_completion_ids" not in made.column_names
+        ):
+            _check_partners(report.rows, where)
         return made, report
+
+    def prepare_data(self, args: Any, tokenizer: Any, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        train, evaluation = super().prepare_data(args, tokenizer, train, evaluation)
+        for rows in (train, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])):
+            known = {*(getattr(rows, "column_names", None) or ())}
+            if "ref_kl_logps" in known and "kl_completion_ids" not in known:
+                why = "nobody knows of which mismatched completions they are"
+                raise UserError(
+                    Violation("column ref_kl_logps", None, why, "give kl_completion_ids beside it")
+                )
+        return train, evaluation
 
     def _with_reference(self, rows: Any, identity: str) -> Any:
         """Precomputed log-probs of mismatched pairs need pairs that stay: they are made over all rows."""
@@ -121,7 +138,7 @@ class KTOTrainer(PolicyTrainer):
         for batch in batches:
             if "mismatched" not in batch:
                 continue
-            with self.without_dropout(), self.accelerator.autocast():
+            with self.still(), self.accelerator.autocast():
                 policy = self.judge(self.model, batch["mismatched"]).logps
             if "ref_kl_logps" in batch:
                 reference = batch["ref_kl_logps"]
@@ -228,14 +245,18 @@ def _check_classes(report: Any, args: Any, where: str) -> None:
         )
 
 
+def _check_partners(rows: int, where: str) -> None:
+    if rows < 2:
+        why = "there is one row, and a mismatched pair needs two"
+        fix = "give more rows, or algo.loss_type=apo_zero_unpaired"
+        raise UserError(Violation(where, None, why, fix))
+
+
 def with_fixed_pairs(rows: Any, seed: int) -> Any:
     """Each row with another row's completion, so that the reference's log-probs of mismatched pairs can be kept too."""
     if not isinstance(rows, datasets.Dataset):
         return rows
-    if len(rows) < 2:
-        why = "there is one row, and a mismatched pair needs two"
-        fix = "give more rows, or algo.loss_type=apo_zero_unpaired"
-        raise UserError(Violation("algo.precompute_ref_log_probs", True, why, fix))
+    _check_partners(len(rows), "algo.precompute_ref_log_probs")
     table = rows.with_format("arrow")[:]
     prompts = [np.asarray(p).tobytes() for p in table["prompt_ids"].to_pylist()]
     completions = table["completion_ids"].combine_chunks()

@@ -73,6 +73,7 @@ class PolicyTrainer(JudgingTrainer):
 
     config_class: type[PolicyConfig] = PolicyConfig
     REFERENCE_COLUMNS: tuple[str, ...] = ()  # of precomputed log-probs
+    _precomputed_for: str | None = None  # the fingerprint of the policy that was the reference
 
     def __init__(
         self,
@@ -138,13 +139,21 @@ class PolicyTrainer(JudgingTrainer):
         if self.reference.model is not None:
             self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
         if args.sync_ref_model:
-            self._first_reference = _on_host(self._moving_reference()) if given is not None else None
             self.add_callback(_Follow(self))
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.sync_ref_model and self.reference is not None and self.reference.kind == "given":
+            self._first_reference = _on_host(self._moving_reference())
+        return super().hyperparameter_search(*args, **kwargs)
 
     def _ready_model(self, trial: Any = None) -> Any:
         """A trial's fresh policy, and the reference as it is before training."""
         model = super()._ready_model(trial)
         if self.reference is None:  # its log-probs stand in the rows
+            if self._precomputed_for not in (None, Reference(model, lasting=False).fingerprint(model)):
+                why = "a trial's fresh model is not the one whose log-probs were computed"
+                fix = "let model_init give the same weights every time, or do without"
+                raise UserError(Violation("precompute_ref_log_probs", True, why, fix))
             return model
         if self.reference.model is None:
             self.reference = Reference(model, ours=not self._brings_adapter)
@@ -161,15 +170,9 @@ class PolicyTrainer(JudgingTrainer):
     def _check_reference(self, given: Any) -> None:
         args, wrong = self.args, []
         adapter = hasattr(self.model, "peft_config")
-        if args.sync_ref_model and (adapter or args.precompute_ref_log_probs):
-            why = (
-                "the reference is the policy with its adapter off"
-                if adapter
-                else "its log-probs are fixed before"
-            )
-            wrong.append(
-                Violation("algo.sync_ref_model", True, why, "train without adapter and without precomputing")
-            )
+        if args.sync_ref_model and adapter:
+            why = "the reference is the policy with its adapter off"
+            wrong.append(Violation("algo.sync_ref_model", True, why, "train without an adapter"))
         if given is not None and given is self.model:
             wrong.append(
                 Violation("ref_model", "model", "is the policy itself, and would be trained", "leave it out")
@@ -180,7 +183,9 @@ class PolicyTrainer(JudgingTrainer):
             and (given is not None or self.recipe is None)
         ):
             what = (
-                "the reference is given as an instance" if given is not None else "the policy is an instance"
+                "the reference is given as an instance"
+                if given is not None
+                else "the policy is no id or directory"
             )
             fix = "pass the id or directory of ref_model, or leave them out"
             wrong.append(
@@ -220,6 +225,7 @@ class PolicyTrainer(JudgingTrainer):
             reference.model.to(self.args.device)
         self.reference = reference
         identity = reference.fingerprint(self.model)
+        self._precomputed_for = identity if reference.model is None else None
         rows, evaluation = self.train_dataset, self.eval_dataset  # type: ignore[has-type]
         self.train_dataset = self._with_reference(rows, identity)
         if isinstance(evaluation, dict):

@@ -6,7 +6,6 @@ end of a turn does no harm; and the head is applied there alone.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,17 +144,12 @@ class RewardTrainer(RowTrainer):
     @torch.no_grad()
     def samples(self, rows: list[dict[str, Any]], *, max_new_tokens: int) -> list[dict[str, Any]]:
         """The answers of pairs with their scores; nothing is generated. Pairs that are too long are left out."""
-        options = PreferenceOptions("preference", None)
-        pairs, _ = tokenize_preference(to_dataset(rows), self.processing_class, options, where="samples")
-        most = self.args.max_length or math.inf
-        made = [
-            p
-            for p in pairs
-            if len(p["prompt_ids"]) + max(map(len, (p["chosen_ids"], p["rejected_ids"]))) <= most
-        ]
-        if not made:
+        options = PreferenceOptions("preference", self.args.max_length, drop_long=True)
+        try:
+            made, _ = tokenize_preference(to_dataset(rows), self.processing_class, options, where="samples")
+        except UserError:  # none is left
             return []
-        batch = self._prepare_inputs(self.data_collator(made))
+        batch = self._prepare_inputs(self.data_collator([*made]))
         training = self.model.training
         self.model.eval()
         with self.accelerator.autocast():

@@ -64,6 +64,7 @@ class SFTTrainer(BaseTrainer):
         UserError: the data or the arguments cannot work; every reason is named.
     """
 
+    algo = "sft"
     config_class = SFTConfig
     columns = ("input_ids", "labels", "seq_lengths", "completion_mask", "assistant_masks")
 

@@ -64,6 +64,11 @@ def verifiable(answer: Any) -> bool:
     return isinstance(answer, int | str) and re.fullmatch(r"-?\d+", str(answer)) is not None
 
 
+def answered(row: Mapping[str, Any]) -> bool:
+    """Whether a formatted row can be verified; of others the column is missing or null."""
+    return row.get("answer") is not None
+
+
 def verify(row_or_answer: Mapping[str, Any] | str | int, completion: str) -> bool:
     """True when the last whole number in the completion is the answer (of the row, or given itself)."""
     answer = row_or_answer["answer"] if isinstance(row_or_answer, Mapping) else row_or_answer

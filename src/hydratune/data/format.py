@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -46,7 +45,6 @@ def format_rows(
     text_field: str = "text",
     formatting_func: Callable[[dict[str, Any]], Any] | None = None,
     goal: str = "tokens",
-    seed: int = 0,
 ) -> Any:
     """Rows in canonical columns, and no others.
 
@@ -60,7 +58,6 @@ def format_rows(
         where: name of the data in messages, e.g. "train"; rows of local files are named by file and line instead.
         goal: what the algorithm trains on: "tokens", "preference" or "unpaired".
         formatting_func: from a row to text, messages or {prompt, completion}; before `settings.formatting_func`.
-        seed: of the shuffling of pairs that are taken apart, of a stream within 1000 rows.
 
     Raises:
         UserError: columns that fit no format, or the first ten rows with a wrong shape and a count of the others.
@@ -91,8 +88,7 @@ def format_rows(
         return rows
 
     if not isinstance(dataset, datasets.Dataset):
-        stream = _lazily(dataset, convert, where)
-        return stream.shuffle(seed=seed) if goal == "unpaired" and kind == "preference" else stream
+        return _lazily(dataset, convert, where)
 
     faults, rows, first = Faults(), [], 0
     plain = dataset.with_format(None)
@@ -106,8 +102,6 @@ def format_rows(
     if len(shapes) > 1:
         why = f"the rows are of several formats: {', '.join(sorted('+'.join(s) for s in shapes))}"
         raise UserError(Violation(where, None, why, "return the same shape for every row"))
-    if goal == "unpaired" and len(rows) > len(dataset):  # else the two of a pair would meet in every batch
-        random.Random(seed).shuffle(rows)
     return to_dataset(rows)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 
 from hydratune.data.cache import cached, rows_fingerprint, tokenizer_fingerprint
-from hydratune.data.format import format_rows
+from hydratune.data.format import columns_of, format_rows
 from hydratune.data.pack import pack
 from hydratune.data.tokenize import DataReport, TokenizeOptions, tokenize
 from hydratune.data.tokenize_preference import PreferenceOptions, tokenize_preference
@@ -121,19 +121,24 @@ def prepare_preference(
         eos_token=args.eos_token,
         num_proc=args.dataset_num_proc,
     )
-    rows = format_rows(
-        dataset,
-        settings or DataSettings(),
-        where=where,
-        formatting_func=formatting_func,
-        goal=goal,
-        seed=args.seed,
-    )
+    settings = settings or DataSettings()
+    rows = format_rows(dataset, settings, where=where, formatting_func=formatting_func, goal=goal)
+    if goal != "unpaired":
+        apart = False
+    elif isinstance(rows, datasets.Dataset):
+        apart = len(rows) > len(dataset)
+    else:
+        apart = {"chosen", "rejected"} <= {*columns_of(dataset)} or bool(
+            formatting_func or settings.formatting_func
+        )
+    seed = args.seed if apart else None
 
     def build() -> tuple[Any, DataReport]:
-        return tokenize_preference(rows, tokenizer, options, where=where)
+        made, report = tokenize_preference(rows, tokenizer, options, where=where)
+        # else the two of a pair would meet in every batch
+        return (made if seed is None else made.shuffle(seed=seed)), report
 
-    return _kept(rows, tokenizer, {"options": vars(options)}, build, cache)
+    return _kept(rows, tokenizer, {"options": vars(options), "shuffle": seed}, build, cache)
 
 
 def _kept(

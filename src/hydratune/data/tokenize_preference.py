@@ -69,8 +69,10 @@ def tokenize_preference(
         fix = "name a .jinja file or a tokenizer that has one"
         raise UserError(Violation("model.chat_template_path", None, why, fix))
 
+    expected: list[str] = [n for n in ("kl_completion_ids", "margin") if n in names]
+
     def convert(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        return _batch(batch, indices, tokenizer, options, where)
+        return _batch(batch, indices, tokenizer, options, where, expected)
 
     integers = datasets.List(datasets.Value("int32"))
     ids = [f"{name}_ids" for name in ("prompt", *COMPLETIONS[options.goal])]
@@ -126,7 +128,12 @@ def _finish(mapped: datasets.Dataset, counts: list[str], where: str) -> tuple[da
 
 
 def _batch(
-    batch: dict[str, list[Any]], indices: list[int], tokenizer: Any, options: PreferenceOptions, where: str
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    tokenizer: Any,
+    options: PreferenceOptions,
+    where: str,
+    expected: list[str],
 ) -> dict[str, list[Any]]:
     names = COMPLETIONS[options.goal]
     faults: list[RowFault] = []
@@ -145,8 +152,8 @@ def _batch(
     if others := batch.get("kl_completion_ids"):
         given = [([np.asarray(ids or [], dtype=np.int32)], False) for ids in others]
         _check_vocabulary(given, len(tokenizer), faults, "kl_completion_ids")
-    for name in ("kl_completion_ids", "margin"):
-        missing = [i for i, value in enumerate(batch.get(name, ())) if value is None]
+    for name in expected:
+        missing = [i for i, value in enumerate(batch.get(name) or [None] * len(indices)) if value is None]
         fix = "give 0 where there is none" if name == "margin" else "give it in every row, or in none"
         faults += [RowFault(i, name, "is empty, and other rows have one", fix) for i in missing]
     if faults:
