@@ -27,7 +27,7 @@ WRONG = {
     "objective without rows": (["-m", "lr=1e-3,2e-3", "objective=eval_loss", "data.eval_fraction=0"], "no evaluation rows"),
     "no such rule": (["-m", "lr=1e-3,2e-3", "objective=eval_loss:median"], "mean3"),
     "bound on nothing": (["-m", "lr=1e-3,2e-3", 'sweep.constraints=["memory <= 3"]'], "no such metric"),
-    "bound that may not be known": (["-m", "lr=1e-3,2e-3", "data.source=local", "data.path=rows.jsonl",
+    "bound that may not be known": (["-m", "lr=1e-3,2e-3", "data.source=local", "data.path=.",
         "sweep.constraints=[\"verified_accuracy >= 0.5\"]"], "no such metric"),
     "pruned on what comes last": (["-m", "lr=1e-3,2e-3", "sweep.pruner=median", "sweep.prune_on=verified_accuracy"], "no such metric"),
     "bound that is none": (["-m", "lr=1e-3,2e-3", "sweep.constraints=[loss]"], "METRIC <= NUMBER"),
