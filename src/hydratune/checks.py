@@ -367,7 +367,10 @@ def _objective_is_logged(settings: RunSettings) -> Iterator[Problem]:
 def loggable(settings: RunSettings) -> list[str]:
     """Every metric that a run with these settings logs, and the facts of its summary."""
     logged = [*_LOGGED, *(constant(f"hydratune.algos.{settings.algo}", "METRICS") or ())]
-    evaluation = [f"eval_{m}" for m in logged] if evaluates(settings) else []
+    module = f"hydratune.algos.{settings.algo}"
+    evaluation = (
+        [f"eval_{m}" for m in constant(module, "EVAL_METRICS") or logged] if evaluates(settings) else []
+    )
     generates = evaluates(settings) and settings.algo != "reward"  # whether rows have an answer is seen later
     verified = ["verified_accuracy"] if generates else []
     return [*dict.fromkeys([*logged, *_LOGGED_IN_TRAINING, *evaluation, *verified, *FACTS])]

@@ -47,6 +47,7 @@ class Load:
     quantization: str | None = None
     sequences: int = 1  # that a row has in the forward pass with gradients
     reference: bool = False  # a frozen copy of all weights beside the trained ones
+    critic: bool = False  # a value model like the policy, trained with it
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def load_of(
     quantization: str | None = None,
     sequences: int = 1,
     reference: bool = False,
+    critic: bool = False,
 ) -> Load:
     """The load of a model (its outline will do, wrapped in its adapter) under training arguments.
 
@@ -127,6 +129,7 @@ def load_of(
         quantization=quantization,
         sequences=sequences,
         reference=reference,
+        critic=critic,
     )
 
 
@@ -134,7 +137,8 @@ def estimate(load: Load) -> MemoryEstimate:
     """Peak memory of a training step."""
     base_width = {"4bit": 0.55, "8bit": 1.05}.get(load.quantization or "", load.width)  # scales included
     frozen = load.parameters - load.trained
-    weights = frozen * base_width + load.trained * load.trained_width
+    models = 2 if load.critic else 1
+    weights = models * (frozen * base_width + load.trained * load.trained_width)
     if load.reference:
         weights += load.parameters * load.width
     tokens = load.batch * load.sequences * load.length
@@ -153,9 +157,9 @@ def estimate(load: Load) -> MemoryEstimate:
     states = _ADAM_STATES.get(load.optimizer, 2 * load.trained_width)
     return MemoryEstimate(
         weights=round(weights),
-        gradients=load.trained * load.trained_width,
-        optimizer=load.trained * states,
-        activations=tokens * per_token + casts,
+        gradients=models * load.trained * load.trained_width,
+        optimizer=models * load.trained * states,
+        activations=models * (tokens * per_token + casts),
         head=head,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,16 +78,14 @@ def make(
     report = reports["train"]
     rows = len(train) if hasattr(train, "__len__") else None
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * device.world_size
-    steps = (
-        args.max_steps
-        if args.max_steps > 0
-        else math.ceil(math.ceil((rows or 0) / per_step) * args.num_train_epochs)
-    )
+    steps = trainer_class.steps_of(args, rows or 0, device.world_size)
     length = args.max_length if report.blocks or not report.longest else report.longest
+    length = (length or 1024) + getattr(args, "new_tokens", 0)
     load = memory.load_of(
-        outline, args, width=recipe.dtype.itemsize, length=length or 1024, device=device.kind,
+        outline, args, width=recipe.dtype.itemsize, length=length, device=device.kind,
         quantization=settings.model.quantization, sequences=trainer_class.sequences_per_row,
         reference=trainer_class.reference_kind(args, recipe.peft_config is not None) == "a frozen copy",
+        critic=trainer_class.has_critic,
     )  # fmt: skip
     checkpointing = (
         args.auto_checkpointing

@@ -88,6 +88,11 @@ class RewardModel:
             text.pad_token_id = pad
         self._longest = getattr(text, "max_position_embeddings", None)
 
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether it reads the policy's tokens as they are."""
+        return self._own is None
+
     # -- loading -------------------------------------------------------------------------------------------------
 
     def _load(self, source: str, device: Any, dtype: Any, packed: bool) -> Any:

@@ -76,6 +76,7 @@ class Rewards:
     Attributes:
         names: one a source, unique: of functions, and of models' directories.
         models: the reward models among the sources, by name.
+        same_tokens: the names of those that read the policy's tokens.
 
     Raises:
         UserError: sources that cannot work.
@@ -110,6 +111,7 @@ class Rewards:
             raise UserError(wrong)
         self.names = unique([name_of(source) for source in given])
         self.models: dict[str, Any] = {}
+        self.same_tokens: list[str] = []
         self._functions: dict[str, Callable[..., Any]] = {}
         self._device, self._tokenizer, self._timeout, self._key = device, policy_tokenizer, timeout, key
         self._weights = self._tensor([1.0] * len(given) if weights is None else [*weights])
@@ -130,6 +132,8 @@ class Rewards:
                     key=key,
                 )
                 self.models[name] = self._scorers[name].model
+                if self._scorers[name].shares_tokens:
+                    self.same_tokens.append(name)
             else:
                 self._functions[name] = function_of(source, key)
 

@@ -122,6 +122,8 @@ def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings)
         ready = held.take(keys["data"], lambda: _data(settings, trainer_class, args, tokenizer))
         train, evaluation, eval_rows, reports = ready
         _can_verify(settings, eval_rows)
+        prepared = {"train": train, "eval": evaluation}
+        trainer_class.check_rows(args, outline.config, {n: r for n, r in prepared.items() if r is not None})
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     made = plan.make(
         settings, args=args, tokenizer=tokenizer, outline=outline, recipe=recipe, trainer_class=trainer_class,
@@ -364,7 +366,7 @@ def _checkpoint(settings: RunSettings) -> str | None:
 def _just_evaluated(trainer: Any) -> bool:
     """Whether the last step was evaluated already, so that the end need not do it again."""
     last = trainer.state.global_step
-    return any(entry["step"] == last and "eval_loss" in entry for entry in trainer.state.log_history)
+    return any(entry["step"] == last and "eval_runtime" in entry for entry in trainer.state.log_history)
 
 
 def _out_of_memory() -> tuple[type[BaseException], ...]:

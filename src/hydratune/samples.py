@@ -9,14 +9,15 @@ import torch
 from hydratune.data.builtin import answered, verify
 
 
-def split_prompt(row: dict[str, Any]) -> tuple[Any, str] | None:
-    """A formatted row as what is asked (messages or text) and what was answered; None when nothing is asked."""
+def split_prompt(row: dict[str, Any]) -> tuple[Any, str | None] | None:
+    """A formatted row as what is asked (messages or text) and what was answered, if it is; None when nothing is asked."""
     if messages := row.get("messages"):
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
         return (messages[:last], messages[last]["content"]) if last else None
     if "prompt" in row:
         completion: Any = row.get("completion", row.get("chosen"))
-        return row["prompt"], completion if isinstance(completion, str) else completion[0]["content"]
+        text = completion if completion is None or isinstance(completion, str) else completion[0]["content"]
+        return row["prompt"], text
     return None
 
 
@@ -45,7 +46,9 @@ def complete(
     samples = []
     for (row, _, reference), text, completion in zip(asked, texts, completions, strict=True):
         beside = "undesirable" if row.get("label") is False else "reference"
-        sample = {"prompt": text, "completion": completion, beside: reference}
+        sample = {"prompt": text, "completion": completion}
+        if reference is not None:
+            sample[beside] = reference
         if answered(row):
             sample["correct"] = verify(row, completion)
         samples.append(sample)

@@ -1,4 +1,4 @@
-"""The score head of a reward model, applied to each sequence's last token alone."""
+"""The score head of a reward or value model, applied where its result counts, and nowhere else."""
 
 from __future__ import annotations
 
@@ -36,3 +36,23 @@ class ScoreHead(Replaced):
         self.scores = self._project(states, *args, **kwargs).squeeze(-1)
         # in the shape in which the model looks for a last token of its own
         return self.scores.sum().expand(*hidden.shape[:2], 1)
+
+
+class ValueHead(Replaced):
+    """`with ValueHead(model, layout) as head: model(**batch)`, then `head.values`, [N]: of the states before each target.
+
+    Args: as for `ScoreHead`.
+    """
+
+    values: torch.Tensor
+
+    def __init__(self, model: nn.Module, layout: dict[str, Any]) -> None:
+        head = score_head(model)
+        assert head is not None
+        super().__init__(head)
+        self._length, self._positions = layout["input_ids"].shape[1], layout["positions"]
+
+    def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        states = rows_at(hidden, self._length, self._positions)
+        self.values = self._project(states, *args, **kwargs).squeeze(-1)
+        return self.values.sum().expand(*hidden.shape[:2], 1)  # as `ScoreHead`

@@ -57,6 +57,7 @@ class BaseTrainer(transformers.Trainer):
     goal: str = "tokens"  # what its rows are: `data.format.format_rows`
     columns: tuple[str, ...] = ()  # of prepared rows, as the collator takes them
     sequences_per_row: int = 1  # that a row has in the forward pass with gradients
+    has_critic: bool = False  # a value model like the policy
     generates: bool = True  # whether its samples are completions of its own
 
     def __init__(
@@ -125,6 +126,12 @@ class BaseTrainer(transformers.Trainer):
             model = self.fresh_model()
         elif peft_config is not None and recipe is None:
             model = self._wrapped(model, args.seed)
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        rows = {"train_dataset": train_dataset, **evaluated}
+        config_of_model = model.config  # type: ignore[union-attr]
+        self._check_rows(
+            args, config_of_model, {name: part for name, part in rows.items() if part is not None}
+        )
         self.make_ready(model, args, processing_class)
         data_collator = data_collator or self.collator(args, processing_class, model)
         if args.auto_checkpointing:
@@ -205,6 +212,27 @@ class BaseTrainer(transformers.Trainer):
     def reference_kind(cls, args: Any, adapter: bool) -> str | None:
         """What the policy is held against, in words for the plan; "a frozen copy" takes the memory of one."""
         return None
+
+    @classmethod
+    def check_rows(cls, args: Any, config: Any, rows: dict[str, Any]) -> None:
+        """Hold prepared rows against the model's config, before there are weights.
+
+        Raises:
+            UserError: they do not fit.
+        """
+
+    def _check_rows(self, args: Any, config: Any, rows: dict[str, Any]) -> None:
+        self.check_rows(args, config, rows)
+
+    @classmethod
+    def steps_of(cls, args: Any, rows: int, world_size: int) -> int:
+        """Update steps of a run."""
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+        return (
+            args.max_steps
+            if args.max_steps > 0
+            else math.ceil(math.ceil(rows / per_step) * args.num_train_epochs)
+        )
 
     def make_ready(self, model: Any, args: Any, tokenizer: Any) -> None:
         """Settle what depends on the model, in the model or in the arguments; of every fresh model too.
@@ -345,8 +373,9 @@ class BaseTrainer(transformers.Trainer):
         metrics |= self.derived(metrics)
         metrics["num_tokens"] = self.num_tokens
         now = time.perf_counter()
-        if self._window_start is not None and now - self._window_start > self._idle:
-            metrics["tokens_per_second"] = tokens / (now - self._window_start - self._idle)
+        if self._window_start is not None and (spent := now - self._window_start - self._idle) > 0:
+            metrics["tokens_per_second"] = tokens / spent
+            metrics |= self.rates(spent)
         self._window_start, self._idle = now, 0.0
         if self.args.device.type == "cuda":
             metrics |= gpu_metrics(metrics.get("tokens_per_second"), self.model, self.args.world_size)
@@ -354,6 +383,10 @@ class BaseTrainer(transformers.Trainer):
 
     def derived(self, metrics: dict[str, float]) -> dict[str, float]:
         """Metrics that are made of others, once these are divided."""
+        return {}
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """Metrics per second of training, of the window that is logged."""
         return {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -16,13 +16,13 @@ def arithmetic(size: int, seed: int, goal: str = "tokens") -> list[dict[str, Any
     Sums and differences are of numbers up to 50, products of numbers up to 12, e.g. "What is 17 + 25?" → "17 + 25 = 42".
 
     Args:
-        goal: "tokens" gives `{"messages": [user, assistant], "answer": str}`. "preference" gives prompt, chosen and
+        goal: "tokens" and "prompts" give `{"messages": [user, assistant], "answer": str}`. "preference" gives prompt, chosen and
             rejected, the right answer and a wrong one; "unpaired" prompt, completion and label, about half of them
             wrong; both with the same questions and `answer` too.
     """
     rng, slips = random.Random(seed), random.Random(f"{seed} slips")
     rows = [_problem(rng) for _ in range(size)]
-    return rows if goal == "tokens" else [_judged(row, goal, slips) for row in rows]
+    return rows if goal in ("tokens", "prompts") else [_judged(row, goal, slips) for row in rows]
 
 
 def _problem(rng: random.Random) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 
+from hydratune.data import prompts
 from hydratune.data.builtin import verifiable
 from hydratune.data.preference import FORMS, misfit, pair_row, tokenized_row, unpaired_rows
 from hydratune.data.read import ORIGIN, shorten
@@ -50,13 +51,13 @@ def format_rows(
 
     To train on tokens, the columns are `messages`; or `prompt` and `completion` (both text, or both lists of messages);
     or `text_field`; or `input_ids` with `labels`, `completion_mask`, `assistant_masks` where given. For the goals
-    "preference" and "unpaired" see `preference.py`. `tools` (JSON text) may stand beside, and
+    "preference" and "unpaired" see `preference.py`, for "prompts" `prompts.py`. `tools` (JSON text) may stand beside, and
     `answer`, a whole number that completions can be verified against.
 
     Args:
         dataset: `datasets.Dataset` or `IterableDataset` (formatted and checked lazily).
         where: name of the data in messages, e.g. "train"; rows of local files are named by file and line instead.
-        goal: what the algorithm trains on: "tokens", "preference" or "unpaired".
+        goal: what the algorithm trains on: "tokens", "preference", "unpaired" or "prompts".
         formatting_func: from a row to text, messages or {prompt, completion}; before `settings.formatting_func`.
 
     Raises:
@@ -73,7 +74,7 @@ def format_rows(
     names = [name for name in columns_of(dataset) if name != ORIGIN]
     if not names or (isinstance(dataset, datasets.Dataset) and not len(dataset)):
         raise UserError(Violation(where, None, "has no row", "give at least one row"))
-    forms = FORMS.get(goal) or {**NEEDS, "text": (text_field,)}
+    forms = {**FORMS, "prompts": prompts.FORMS}.get(goal) or {**NEEDS, "text": (text_field,)}
     kind = "function" if function else _find_format(names, settings, where, goal, forms)
 
     def convert(batch: Mapping[str, list[Any]], first: int, faults: Faults) -> list[dict[str, Any]]:
@@ -147,7 +148,7 @@ def _find_format(
         return "messages"
     wanted = "; ".join(f"{kind} needs {' and '.join(columns)}" for kind, columns in needs.items())
     fix = "map yours, e.g. data.columns={prompt: question, completion: answer}; " + wanted
-    if goal != "tokens":
+    if goal in FORMS:
         fix = misfit(goal, [*have])
     elif {"chosen", "rejected"} <= have:
         fix = "these are preference pairs; to train on the chosen answers: data.columns={completion: chosen}"
@@ -179,6 +180,8 @@ def _convert(
         kind, row = _call(function, row, text_field, forms, faults)
     if kind == "none":
         return []
+    if goal == "prompts":
+        return [{**prompts.prompt_row(row, kind, settings.system_prompt, faults), **extras}]
     if goal != "tokens" and kind == "tokenized":
         return [tokenized_row(row, goal, faults)]
     if goal == "preference":

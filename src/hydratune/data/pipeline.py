@@ -13,6 +13,7 @@ from hydratune.data.format import columns_of, format_rows
 from hydratune.data.pack import pack
 from hydratune.data.tokenize import DataReport, TokenizeOptions, tokenize
 from hydratune.data.tokenize_preference import PreferenceOptions, tokenize_preference
+from hydratune.data.tokenize_prompts import tokenize_prompts
 from hydratune.errors import UserError, Violation
 from hydratune.settings import DataSettings
 
@@ -139,6 +140,39 @@ def prepare_preference(
         return (made if seed is None else made.shuffle(seed=seed)), report
 
     return _kept(rows, tokenizer, {"options": vars(options), "shuffle": seed}, build, cache)
+
+
+def prepare_prompts(
+    dataset: Any,
+    tokenizer: Any,
+    args: Any,
+    *,
+    where: str,
+    formatting_func: Callable[[dict[str, Any]], Any] | None = None,
+    cache: bool = True,
+    settings: DataSettings | None = None,
+) -> tuple[Any, DataReport]:
+    """The same for prompts: `prompt_ids` beside all other columns (`prompts.py`).
+
+    Raises:
+        UserError: rows of a wrong shape, a stream, or nothing left to ask.
+    """
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return dataset, DataReport()
+    if not isinstance(dataset, datasets.Dataset):
+        why = "is a stream, and prompts are drawn from all rows"
+        raise UserError(Violation(where, None, why, "give a data set (data.streaming=false)"))
+    rows = format_rows(
+        dataset, settings or DataSettings(), where=where, formatting_func=formatting_func, goal="prompts"
+    )
+    longest = args.max_prompt_length
+
+    def build() -> tuple[Any, DataReport]:
+        return tokenize_prompts(rows, tokenizer, max_prompt_length=longest, where=where)
+
+    return _kept(
+        rows, tokenizer, {"options": {"goal": "prompts", "max_prompt_length": longest}}, build, cache
+    )
 
 
 def _kept(

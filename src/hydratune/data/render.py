@@ -83,6 +83,15 @@ def encode_pairs(
         yield ids, labels, shifted
 
 
+def encode_prompts(batch: dict[str, list[Any]], tokenizer: Any, faults: list[RowFault]) -> list[list[int]]:
+    """Token ids of prompts alone, up to where the answer begins."""
+    prompts = batch["prompt"]
+    if isinstance(prompts[0], list):
+        asked = _asked([_clean(prompt) for prompt in prompts], batch, tokenizer, faults)
+        return [ids.tolist() for ids in asked]
+    return tokenizer(prompts, **_QUIET)["input_ids"]
+
+
 def encode_branches(
     batch: dict[str, list[Any]],
     columns: tuple[str, ...],

@@ -1,4 +1,4 @@
-"""The order of labelled rows: both classes in every batch, and a partner for every row."""
+"""The order of rows: both classes in every batch, a partner for every row, and passes without end."""
 
 from __future__ import annotations
 
@@ -61,6 +61,25 @@ def _shares(rows: int, sizes: np.ndarray) -> np.ndarray:
         shares[richest] -= 1
         shares[batch] += 1
     return shares
+
+
+def in_passes(rows: int, start: int, stop: int, *, seed: int, shuffled: bool = True) -> np.ndarray:
+    """Places start … stop − 1 of an endless sequence of passes over the rows, each in an order of its own.
+
+    A pass that ends in the midst of a batch is followed by the next, so that few rows fill large batches too.
+
+    Args:
+        rows: their number, N ≥ 1.
+        shuffled: else every pass is 0 … N − 1.
+
+    Returns:
+        Row numbers, [stop − start].
+    """
+    places = np.arange(start, stop)
+    if not shuffled:
+        return places % rows
+    orders = {k: np.random.default_rng((seed, int(k))).permutation(rows) for k in np.unique(places // rows)}
+    return np.asarray([orders[place // rows][place % rows] for place in places], dtype=np.int64)
 
 
 def other_rows(prompts: Sequence[bytes], seed: int) -> np.ndarray:

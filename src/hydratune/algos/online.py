@@ -1,0 +1,506 @@
+"""What PPO and GRPO share: rollouts that feed the ordinary training loop, their rewards, checkpoints and evaluation.
+
+A rollout is B completions a process. It is passed over one or several times, in update steps of batch × accumulation
+completions; a step that finds it used up makes the next. What a rollout is depends on the seed, its number and the
+weights alone, and an unfinished one is part of a checkpoint, so that a resumed run goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from hydratune.algos.judge import JudgingTrainer
+from hydratune.algos.online_config import OnlineConfig
+from hydratune.data.builtin import answered, verify
+from hydratune.data.pipeline import prepare_prompts
+from hydratune.data.sampling import in_passes
+from hydratune.episodes import Episodes
+from hydratune.errors import UserError, Violation
+from hydratune.packing import layout_for
+from hydratune.reference import Reference
+from hydratune.reward_models import micro_batches
+from hydratune.reward_sources import check_sources
+from hydratune.rewards import Rewards, Scored
+from hydratune.rollout import Sampling, generate
+from hydratune.rowfile import append_rows
+from hydratune.watch import Watch
+
+_TOKENS_AT_ONCE = 16384  # of a forward pass that scores
+_SHOWN = 4  # completions of a rollout that are kept
+_STATE = "rollout-{}.pt"  # of a checkpoint, one for each process
+_FAR, _FLAT = (
+    1.0,
+    0.02,
+)  # nats a token: a KL of a policy that has gone, an entropy of one that always says the same
+
+
+class OnlineTrainer(JudgingTrainer):
+    """A trainer on completions of its own policy; see `BaseTrainer`.
+
+    Args:
+        ref_model: hub id, directory or instance; None: the policy as it starts.
+        sources: of rewards; None: those that `args` names.
+        reward_tokenizers: one for each source, None for a model's own; see `rewards.Rewards`.
+
+    Raises:
+        UserError: arguments that cannot work together.
+    """
+
+    goal = "prompts"
+    config_class: type[OnlineConfig] = OnlineConfig
+    entropy_metric, kl_option = "entropy", "algo.kl_coef"  # that warnings look at, and advise
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any,
+        sources: Any,
+        *,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        reward_tokenizers: Any = None,
+        **rest: Any,
+    ) -> None:
+        self._sources = sources
+        super().__init__(model, args, None, train_dataset, eval_dataset, **rest)
+        args = self.args
+        self.temperature = args.temperature
+        self.rewards = Rewards(
+            args.sources if sources is None else sources,
+            policy_tokenizer=self.processing_class,
+            device=args.device,
+            weights=args.reward_weights,
+            tokenizers=reward_tokenizers,
+            token_budget=_TOKENS_AT_ONCE,
+            trust_remote_code=args.trust_remote_code,
+        )
+        self._brings_adapter = self.recipe is None and rest.get("peft_config") is None
+        if self.needs_reference:
+            self._set_reference(ref_model)
+        self._start_over()
+        self.add_callback(_Online(self))
+
+    def _start_over(self) -> None:
+        self.episodes: Episodes | None = None
+        self.rollouts, self.used, self.episode = (
+            0,
+            0,
+            0,
+        )  # made; steps of the last one; completions on all devices
+        self._episodes_logged = 0
+        self._watch = Watch(self.kl_option)
+
+    # -- data ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def prepare_rows(
+        cls, rows: Any, tokenizer: Any, args: Any, *, where: str, training: bool = True, **how: Any
+    ) -> tuple[Any, Any]:
+        return prepare_prompts(rows, tokenizer, args, where=where, **how)
+
+    @classmethod
+    def check_rows(cls, args: Any, config: Any, rows: dict[str, Any], sources: Any = None) -> None:
+        columns = [set(part.column_names) for part in rows.values()]
+        found = check_sources(
+            args.sources if sources is None else sources,
+            columns=set.intersection(*columns) - {"prompt_ids"},
+            weights=args.reward_weights,
+        )
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        for where, part in rows.items():
+            lengths = [len(ids) for ids in part["prompt_ids"]]
+            longest = max(lengths)
+            if context is not None and longest >= context:
+                row = lengths.index(longest) + 1
+                why = f"a prompt of {longest} tokens leaves no room in the model's context of {context}"
+                found.append(
+                    Violation(
+                        f"{where} row {row}", None, why, f"algo.max_prompt_length={context - 1} or less"
+                    )
+                )
+        if found:
+            raise UserError(found)
+
+    def _check_rows(self, args: Any, config: Any, rows: dict[str, Any]) -> None:
+        self.check_rows(args, config, rows, self._sources)
+
+    def collator(self, args: Any, tokenizer: Any, model: Any) -> Any:
+        self._layout = layout_for(args, tokenizer, model)
+        return list
+
+    @classmethod
+    def steps_of(cls, args: Any, rows: int, world_size: int) -> int:
+        return (
+            args.max_steps
+            if args.max_steps > 0
+            else math.ceil(cls._per_epoch(args, rows, world_size) * args.num_train_epochs)
+        )
+
+    @staticmethod
+    def _per_epoch(args: Any, rows: int, world_size: int) -> int:
+        """Update steps in which every prompt comes once, at least."""
+        prompts = args.per_rollout // args.copies * world_size
+        return math.ceil(rows / prompts) * args.steps_per_rollout
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Counts micro-batches; what they hold is made in `get_batch_samples`."""
+        steps = self._per_epoch(self.args, len(self.train_dataset), self.args.world_size)
+        return DataLoader(range(steps * self.args.gradient_accumulation_steps), collate_fn=list)  # type: ignore[arg-type]
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
+        if rows is None:
+            raise UserError(
+                Violation("eval_dataset", None, "there is nothing to evaluate", "pass the evaluation rows")
+            )
+        if "prompt_ids" not in rows.column_names:
+            rows = self.prepare_rows(
+                rows, self.processing_class, self.args, where="eval_dataset", training=False
+            )[0]
+        return DataLoader(rows, self.args.eval_batch_size, collate_fn=list)
+
+    # -- models --------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    def _set_reference(self, given: Any) -> None:
+        if given is not None and given is self.model:
+            why = "is the policy itself, and would be trained"
+            raise UserError(Violation("ref_model", "model", why, "leave it out"))
+        if isinstance(given, str) or (given is None and self.args.ref_model_init_kwargs and self.recipe):
+            given = self._load_reference(given)
+        if given is not None:  # batches are laid out for the policy's attention
+            given.set_attn_implementation(self.model.config._attn_implementation)
+        self.reference = Reference(self.model, given, ours=not self._brings_adapter)
+        if self.reference.model is not None:
+            self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
+
+    def _ready_model(self, trial: Any = None) -> Any:
+        model = super()._ready_model(trial)
+        if self.reference is not None and self.reference.kind != "given":
+            self.reference.model = None
+            self.reference = Reference(model, ours=not self._brings_adapter)
+            if self.reference.model is not None:
+                self.reference.model = self.accelerator.prepare_model(
+                    self.reference.model, evaluation_mode=True
+                )
+        return model
+
+    # -- rollouts ------------------------------------------------------------------------------------------------
+
+    @property
+    def sampling(self) -> Sampling:
+        args, tokenizer = self.args, self.processing_class
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return Sampling(
+            max_new_tokens=args.new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            min_p=args.min_p,
+            stop_token_ids=self.stop_tokens,
+            pad_token_id=tokenizer.pad_token_id or 0,
+            vocab_size=min(len(tokenizer), vocabulary),
+        )
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The one stop rule, of generation, masks, scores and penalties."""
+        eos = self.processing_class.eos_token_id
+        return () if eos is None else (eos,)
+
+    def _complete(
+        self, rows: list[dict[str, Any]], copies: int, seed: tuple[int, ...]
+    ) -> tuple[Episodes, list[dict[str, Any]], Scored, Any]:
+        """Completions of rows with their rewards.
+
+        Returns:
+            Them, the row of each, the rewards, and the log-probs that were found on the way, if any.
+        """
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
+        )
+        prompts = [row["prompt_ids"] for row in rows]
+        with self.accelerator.autocast():
+            made = generate(
+                self.accelerator.unwrap_model(self.model),
+                prompts,
+                self.sampling,
+                copies=copies,
+                batch_size=self.args.local_rollout_forward_batch_size,
+                generator=generator,
+            )
+        repeated = [row for row in rows for _ in range(copies)]
+        arrays = [np.asarray(row["prompt_ids"]) for row in repeated]
+        stopped = torch.from_numpy(made.stopped).to(self.args.device)
+        episodes = Episodes(arrays, made.ids, stopped)
+        scored = self.rewards(repeated, arrays, made.ids, trainer_state=self.state)
+        return episodes, repeated, scored, made.logps
+
+    def _roll_out(self) -> None:
+        args, number = self.args, self.rollouts
+        prompts = args.per_rollout // args.copies
+        start = (number * args.world_size + args.process_index) * prompts
+        shuffled = str(args.train_sampling_strategy) != "sequential"
+        seed = args.seed if args.data_seed is None else args.data_seed
+        numbers = in_passes(len(self.train_dataset), start, start + prompts, seed=seed, shuffled=shuffled)
+        rows = [self.train_dataset[int(i)] for i in numbers]
+        seeds = (args.seed, number, args.process_index)
+        episodes, repeated, scored, logps = self._complete(rows, args.copies, seeds)
+        self.rollouts, self.used = number + 1, 0
+        self.episode += len(episodes) * args.world_size
+        self.episodes = episodes
+        if self.needs_old_logps:
+            episodes.tensors["logps"] = self._old_logps(episodes, logps)
+        if self.reference is not None:
+            episodes.tensors["ref_logps"] = self.scored(episodes, self.tokens_by_reference)
+        self.finish(episodes, scored)
+        lengths = episodes.lengths
+        meter = self.meters["train"]
+        tokens = lengths.sum() + sum(map(len, episodes.prompts))
+        meter.add("num_tokens", tokens)
+        meter.add("completions/mean_length", lengths.sum(), len(lengths))
+        meter.least("completions/min_length", lengths.min())
+        meter.most("completions/max_length", lengths.max())
+        meter.add("completions/clipped_ratio", (~episodes.stopped).sum(), len(lengths))
+        for name, values in scored.each.items():
+            known = ~values.isnan()
+            meter.add(f"rewards/{name}/mean", values.nan_to_num(nan=0.0).sum(), known.sum())
+        equal = (scored.total == scored.total[0]).all()
+        meter.least("rewards/differ", (~equal).float())
+        meter.most("rewards/highest", scored.total.max())
+        self._keep_some(episodes, repeated, scored)
+
+    def _old_logps(self, episodes: Episodes, found: Any) -> torch.Tensor:
+        """log π of the tokens as training computes it: the sampler's own in fp32, else from another forward pass."""
+        exact = (
+            not (self.args.bf16 or self.args.fp16) and next(self.model.parameters()).dtype == torch.float32
+        )
+        if exact and found is not None:
+            return episodes.padded(found)
+        return self.scored(episodes, lambda layout: self.judge(self.model, layout).per_token)
+
+    @property
+    def needs_old_logps(self) -> bool:
+        return True
+
+    @torch.no_grad()
+    def scored(self, episodes: Episodes, score: Any) -> torch.Tensor:
+        """What a function gives for the tokens, [B, T], in forward passes of bounded size."""
+        lengths = [len(p) + len(c) for p, c in zip(episodes.prompts, episodes.completions, strict=True)]
+        parts = micro_batches(lengths, _TOKENS_AT_ONCE, padded=not self._layout.padding_free)
+        most = self.args.local_rollout_forward_batch_size
+        cut = [np.asarray(part[i : i + most]) for part in parts for i in range(0, len(part), most)]
+        with self.still(), self.accelerator.autocast():
+            return episodes.scored(cut, self._layout, score)
+
+    def finish(self, episodes: Episodes, scored: Scored) -> None:
+        """Put what the loss needs into `episodes.tensors`, and what the rollout tells into the meter."""
+        raise NotImplementedError
+
+    def _keep_some(self, episodes: Episodes, rows: list[dict[str, Any]], scored: Scored) -> None:
+        if not self.is_world_process_zero() or not self._keeps(self.rollouts - 1):
+            return
+        total, each = scored.total.tolist(), {n: v.tolist() for n, v in scored.each.items()}
+        shown = []
+        for i in range(0, len(episodes), max(1, len(episodes) // _SHOWN))[:_SHOWN]:
+            prompt, completion = (
+                self.processing_class.decode(ids, skip_special_tokens=True)
+                for ids in (episodes.prompts[i], episodes.completions[i])
+            )
+            kept = {
+                "step": self.state.global_step,
+                "prompt": prompt,
+                "completion": completion,
+                "reward": total[i],
+            }
+            shown.append(kept | ({n: v[i] for n, v in each.items()} if len(each) > 1 else {}))
+        told = [c for c in self.callback_handler.callbacks if hasattr(c, "on_generations")]
+        for callback in told:
+            callback.on_generations(shown)
+        if not told:
+            append_rows(Path(self.args.output_dir) / "generations.jsonl", shown)
+
+    def _keeps(self, number: int) -> bool:
+        """Whether completions of this rollout are kept."""
+        times = self.args.num_sample_generations
+        whole = max(1, self.state.max_steps // self.args.steps_per_rollout)
+        return times > 0 and number % max(1, math.ceil(whole / times)) == 0
+
+    # -- batches -------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of an update step, of a new rollout where the last one is used up."""
+        for _ in itertools.islice(epoch_iterator, num_batches):
+            pass
+        if self.episodes is None or self.used >= self.args.steps_per_rollout or self.goes_too_far():
+            self._roll_out()
+        batches = self._batches_of(self.used)
+        self.used += 1
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def goes_too_far(self) -> bool:
+        """Whether the rest of a rollout is passed over."""
+        return False
+
+    def _batches_of(self, step: int) -> list[dict[str, Any]]:
+        args, episodes = self.args, self.episodes
+        assert episodes is not None
+        size, together = args.per_device_train_batch_size, args.copies
+        if size % together:
+            together = 1
+        groups = np.arange(len(episodes)).reshape(-1, together)
+        micro = size // together
+        number, step = divmod(step, args.steps_per_rollout // args.passes)
+        seed = (args.seed, self.rollouts, number, args.process_index)
+        order = np.random.default_rng(seed).permutation(len(groups))
+        start = step * micro * args.gradient_accumulation_steps
+        parts = [order[start + i * micro :][:micro] for i in range(args.gradient_accumulation_steps)]
+        return [episodes.batch(groups[part], self._layout) for part in parts]
+
+    def after_step(self, control: Any) -> None:
+        """What follows an update step."""
+
+    def of(self, name: str, batch: dict[str, Any]) -> torch.Tensor:
+        """Values of the rollout for a batch; see `Episodes.of`."""
+        assert self.episodes is not None
+        return self.episodes.of(name, batch)
+
+    # -- metrics -------------------------------------------------------------------------------------------------
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        made, self._episodes_logged = self.episode - self._episodes_logged, self.episode
+        return {"eps": made / seconds}
+
+    def derived(self, metrics: dict[str, float]) -> dict[str, float]:
+        return {"episode": self.episode}
+
+    def _train_metrics(self) -> dict[str, float]:
+        metrics = super()._train_metrics()
+        differ, highest = metrics.pop("rewards/differ", 1.0), metrics.pop("rewards/highest", 0.0)
+        self._watch.look(
+            self.state.global_step,
+            equal_rewards=highest if differ == 0.0 else None,
+            kl=self.kl_of(metrics),
+            entropy=metrics.get(self.entropy_metric),
+        )
+        return metrics
+
+    def kl_of(self, metrics: dict[str, float]) -> float:
+        """The KL from the reference, nats a token."""
+        raise NotImplementedError
+
+    # -- evaluation ----------------------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """One completion of each prompt, sampled as in training with numbers that are the same every time.
+
+        Metrics: reward, rewards/<name>, length, stopped; kl (nats a completion) where there is a reference;
+        verified_accuracy of rows with an answer.
+        """
+        rows = dataloader.dataset
+        own = [rows[i] for i in range(self.args.process_index, len(rows), self.args.world_size)]  # type: ignore[arg-type, index]
+        sums: dict[str, torch.Tensor] = {}
+
+        def add(name: str, values: torch.Tensor) -> None:
+            known = ~values.isnan()
+            sums[name] = torch.stack((values.nan_to_num(nan=0.0).double().sum(), known.double().sum()))
+
+        with self._not_training():
+            episodes, repeated, scored, logps = self._complete(
+                own, 1, (self.args.seed, 0, self.args.process_index)
+            )
+            add("reward", scored.total)
+            for name, values in scored.each.items():
+                add(f"rewards/{name}", values)
+            add("length", episodes.lengths.float())
+            add("stopped", episodes.stopped.float())
+            if self.reference is not None:
+                difference = self._old_logps(episodes, logps) - self.scored(
+                    episodes, self.tokens_by_reference
+                )
+                add("kl", difference.sum(1))
+            if any(map(answered, own)):
+                texts = self.processing_class.batch_decode(episodes.completions, skip_special_tokens=True)
+                right = [
+                    float(verify(row, text)) if answered(row) else math.nan
+                    for row, text in zip(repeated, texts, strict=True)
+                ]
+                add("verified_accuracy", torch.tensor(right, device=self.args.device))
+            names = sorted(sums)
+            table = self._sum_over_processes(torch.stack([sums[name] for name in names])).tolist()
+        metrics = {
+            f"{metric_key_prefix}_{name}": total / count
+            for name, (total, count) in zip(names, table, strict=True)
+            if count
+        }
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))  # type: ignore[arg-type]
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._start_over()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def state_of_rollouts(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides weights and optimizer."""
+        whole = self.episodes is None or self.used >= self.args.steps_per_rollout
+        return {
+            "rollouts": self.rollouts,
+            "used": self.used,
+            "episode": self.episode,
+            "episodes": None if whole else self.episodes.state(),  # type: ignore[union-attr]
+            "entropy": self._watch.first_entropy,
+        }
+
+    def load_state_of_rollouts(self, state: dict[str, Any]) -> None:
+        self.rollouts, self.used, self.episode = state["rollouts"], state["used"], state["episode"]
+        self._episodes_logged, self._watch.first_entropy = self.episode, state["entropy"]
+        kept = state["episodes"]
+        self.episodes = None if kept is None else Episodes.from_state(kept, self.args.device)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.state_of_rollouts(), folder / _STATE.format(self.args.process_index))
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = Path(resume_from_checkpoint) / _STATE.format(self.args.process_index)
+        if not saved.is_file():
+            why = f"holds no {saved.name}, the state of this process's rollouts"
+            fix = "resume with as many processes as before, and a checkpoint of this algorithm"
+            raise UserError(Violation("resume", resume_from_checkpoint, why, fix))
+        self.load_state_of_rollouts(torch.load(saved, map_location="cpu", weights_only=True))
+
+
+class _Online(TrainerCallback):
+    """What an online trainer does at the end of every update step."""
+
+    def __init__(self, trainer: OnlineTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.after_step(control)
