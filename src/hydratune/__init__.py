@@ -13,8 +13,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "DPOConfig": "hydratune.algos.dpo",
     "DPOTrainer": "hydratune.algos.dpo",
+    "GRPOConfig": "hydratune.algos.grpo",
+    "GRPOTrainer": "hydratune.algos.grpo",
     "KTOConfig": "hydratune.algos.kto",
     "KTOTrainer": "hydratune.algos.kto",
+    "PPOConfig": "hydratune.algos.ppo",
+    "PPOTrainer": "hydratune.algos.ppo",
     "RewardConfig": "hydratune.algos.reward",
     "RewardTrainer": "hydratune.algos.reward",
     "SFTConfig": "hydratune.algos.sft",
@@ -24,14 +28,16 @@ _PUBLIC = {
     "UserError": "hydratune.errors",
 }
 __all__ = [
-    "DPOConfig", "DPOTrainer", "KTOConfig", "KTOTrainer", "ModelRecipe", "RewardConfig", "RewardTrainer", "SFTConfig",
-    "SFTTrainer", "UserError", "merge_adapter",
+    "DPOConfig", "DPOTrainer", "GRPOConfig", "GRPOTrainer", "KTOConfig", "KTOTrainer", "ModelRecipe", "PPOConfig", "PPOTrainer",
+    "RewardConfig", "RewardTrainer", "SFTConfig", "SFTTrainer", "UserError", "merge_adapter",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from hydratune.adapters import merge_adapter
     from hydratune.algos.dpo import DPOConfig, DPOTrainer
+    from hydratune.algos.grpo import GRPOConfig, GRPOTrainer
     from hydratune.algos.kto import KTOConfig, KTOTrainer
+    from hydratune.algos.ppo import PPOConfig, PPOTrainer
     from hydratune.algos.reward import RewardConfig, RewardTrainer
     from hydratune.algos.sft import SFTConfig, SFTTrainer
     from hydratune.errors import UserError

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hydratune.errors import Violation, nearest
 from hydratune.options import constant
+from hydratune.reward_sources import check_sources
 
 Problem = Violation | str
 _OF_A_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
@@ -24,6 +25,7 @@ class Case:
         streaming: the training rows are a stream.
         evaluates: there are evaluation rows.
         pairs_given: KTO's rows bring their mismatched completions.
+        rewards_given: rewards are given as objects, which are checked where they are used.
     """
 
     options: Mapping[str, Any]
@@ -31,6 +33,7 @@ class Case:
     streaming: bool = False
     evaluates: bool = False
     pairs_given: bool = False
+    rewards_given: bool = False
 
 
 def _positive(case: Case, *names: str) -> Iterator[Problem]:
@@ -157,8 +160,105 @@ def _rows_have_one_length(case: Case) -> Iterator[Problem]:
         yield Violation("trainer.train_sampling_strategy", "group_by_length", why, fix)
 
 
+def _sampling_fits(case: Case) -> Iterator[Problem]:
+    options = case.options
+    yield from _positive(
+        case, "temperature", "top_k", "max_prompt_length", "local_rollout_forward_batch_size", "response_length",
+        "max_completion_length",
+    )  # fmt: skip
+    for name in ("top_p", "min_p"):
+        value = options.get(name)
+        if value is not None and not (0 < value <= 1 if name == "top_p" else 0 <= value <= 1):
+            yield Violation(f"algo.{name}", value, "is no probability", "give a number from 0 to 1")
+    if case.streaming:
+        why = "prompts are drawn from all rows, and those of a stream are not there"
+        yield Violation("data.streaming", True, why, "use data.streaming=false")
+    if options.get("packing") or options.get("train_sampling_strategy") == "group_by_length":
+        why = "completions are laid out by their own lengths as they are"
+        yield Violation("trainer.train_sampling_strategy", "group_by_length", why, "leave it out")
+
+
+def _rewards_are_there(case: Case) -> Iterator[Problem]:
+    if case.rewards_given:
+        return
+    options = case.options
+    model = options.get("reward_model")
+    sources = [*([] if model is None else [model]), *(options.get("reward_funcs") or ())]
+    for problem in check_sources(sources, columns=None, weights=options.get("reward_weights")):
+        named = problem.key == "algo.reward_funcs" and problem.value == model
+        yield replace(problem, key="algo.reward_model") if named else problem
+
+
+def _ppo_fits(case: Case) -> Iterator[Problem]:
+    options = case.options
+    yield from _positive(
+        case, "num_ppo_epochs", "num_mini_batches", "total_episodes", "cliprange", "cliprange_value",
+        "adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "value_learning_rate",
+    )  # fmt: skip
+    for name in ("gamma", "lam"):
+        value = options.get(name)
+        if value is not None and not 0 <= value <= 1:
+            yield Violation(f"algo.{name}", value, "is no share", "give a number from 0 to 1")
+    for name in ("kl_coef", "vf_coef", "missing_eos_penalty"):
+        value = options.get(name)
+        if value is not None and value < 0:
+            yield Violation(
+                f"algo.{name}", value, "would reward what it is there to prevent", "give 0 or more"
+            )
+    if options.get("adaptive_kl") and options.get("kl_coef") == 0:
+        why = "algo.kl_coef=0 stays 0, whatever it is multiplied by"
+        yield Violation("algo.adaptive_kl", True, why, "start from a number above 0")
+    stops = options.get("stop_token", "eos") or options.get("stop_token_id") is not None
+    if not stops and options.get("missing_eos_penalty"):
+        why = "with algo.stop_token=null every completion is cut"
+        yield Violation(
+            "algo.missing_eos_penalty", options["missing_eos_penalty"], why, "set algo.stop_token=eos"
+        )
+    if options.get("total_episodes") is not None and options.get("max_steps", -1) > 0:
+        why = f"algo.total_episodes={options['total_episodes']} says how long to train, too"
+        yield Violation("max_steps", options["max_steps"], why, "keep one of the two")
+
+
+def _grpo_fits(case: Case) -> Iterator[Problem]:
+    options = case.options
+    yield from _positive(case, "num_iterations", "steps_per_generation", "epsilon", "epsilon_high")
+    many, size = options.get("num_generations", 8), options.get("per_device_train_batch_size", 8)
+    accumulated = options.get("gradient_accumulation_steps", 1)
+    parts = options.get("steps_per_generation") or accumulated
+    if many < 2:
+        why = "a completion is held against the others of its prompt, and there are none"
+        yield Violation("algo.num_generations", many, why, "give 2 or more, e.g. 8")
+    elif size * parts % many:
+        why = f"the {size * parts} completions of a rollout (batch_size × micro-batches) are not whole groups of {many}"
+        yield Violation(
+            "algo.num_generations", many, why, f"batch_size={-(-size // many) * many}, or a divisor of it"
+        )
+    if parts % accumulated:
+        why = (
+            f"is no multiple of accumulation={accumulated}, so that a rollout would end inside an update step"
+        )
+        yield Violation(
+            "algo.steps_per_generation", parts, why, f"give {-(-parts // accumulated) * accumulated}"
+        )
+    if options.get("beta", 0.0) < 0:
+        yield Violation("algo.beta", options["beta"], "would drive the policy away", "give 0 or more")
+    if options.get("loss_type") == "cispo" and options.get("epsilon_high") is None:
+        why = "cispo needs the largest weight of a token"
+        yield Violation("algo.epsilon_high", None, why, "algo.epsilon_high=5")
+    scale = options.get("scale_rewards", "group")
+    if not isinstance(scale, bool) and scale not in ("group", "batch", "none"):
+        yield Violation(
+            "algo.scale_rewards",
+            scale,
+            "is none of group, batch, none",
+            nearest(str(scale), ("group", "batch", "none")),
+        )
+
+
 RULES: dict[str, list[Callable[..., Iterator[Any]]]] = {
     "reward": [_reward_is_bounded, _reward_has_no_router, _rows_have_one_length],
     "dpo": [_reference_fits, _dpo_losses_fit, _rows_have_one_length],
+    "ppo": [_sampling_fits, _rewards_are_there, _ppo_fits],
+    "grpo": [_sampling_fits, _rewards_are_there, _grpo_fits],
     "kto": [_reference_fits, _kto_can_estimate, _lengths_fit, _rows_have_one_length],
 }

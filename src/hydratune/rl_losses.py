@@ -182,9 +182,11 @@ def ppo_value_loss(
         Loss of each token, [N], and where the clipped error was the larger one, bool [N]: no gradient there.
     """
     assert values.shape == old_values.shape == returns.shape
+    moved = values - old_values
     free = (values - returns).square()
-    bounded = (old_values + (values - old_values).clamp(-cliprange_value, cliprange_value) - returns).square()
-    return torch.maximum(free, bounded) / 2, bounded > free
+    bounded = (old_values + moved.clamp(-cliprange_value, cliprange_value) - returns).square()
+    # within the bound the two are equal but for rounding
+    return torch.maximum(free, bounded) / 2, (bounded > free) & (moved.abs() > cliprange_value)
 
 
 class AdaptiveKL:

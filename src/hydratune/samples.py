@@ -8,6 +8,8 @@ import torch
 
 from hydratune.data.builtin import answered, verify
 
+_SHOWN = 4  # completions of a rollout
+
 
 def split_prompt(row: dict[str, Any]) -> tuple[Any, str | None] | None:
     """A formatted row as what is asked (messages or text) and what was answered, if it is; None when nothing is asked."""
@@ -53,6 +55,22 @@ def complete(
             sample["correct"] = verify(row, completion)
         samples.append(sample)
     return samples
+
+
+def rewarded(
+    tokenizer: Any, episodes: Any, total: torch.Tensor, each: dict[str, torch.Tensor], step: int
+) -> list[dict[str, Any]]:
+    """A few completions of a rollout (`episodes.Episodes`), evenly spread, with their rewards in all and, of several, each."""
+    parts = {name: values.tolist() for name, values in each.items()} if len(each) > 1 else {}
+    rows = []
+    for i in range(0, len(episodes), max(1, len(episodes) // _SHOWN))[:_SHOWN]:
+        prompt, completion = (
+            tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in (episodes.prompts[i], episodes.completions[i])
+        )
+        row = {"step": step, "prompt": prompt, "completion": completion, "reward": total[i].item()}
+        rows.append(row | {name: values[i] for name, values in parts.items()})
+    return rows
 
 
 @torch.inference_mode()

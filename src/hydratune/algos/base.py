@@ -58,6 +58,7 @@ class BaseTrainer(transformers.Trainer):
     columns: tuple[str, ...] = ()  # of prepared rows, as the collator takes them
     sequences_per_row: int = 1  # that a row has in the forward pass with gradients
     has_critic: bool = False  # a value model like the policy
+    _facts: dict[str, bool] = {}  # noqa: RUF012  of `checks_algo.Case`
     generates: bool = True  # whether its samples are completions of its own
 
     def __init__(
@@ -85,7 +86,7 @@ class BaseTrainer(transformers.Trainer):
         self._make_model = model_init
         self._peft_config, self._seed = peft_config, args.seed
         adapter = peft_config is not None or hasattr(model, "peft_config")
-        self._facts = {
+        self._facts = self._facts | {
             "adapter": adapter,
             "streaming": isinstance(train_dataset, IterableDataset),
             "evaluates": eval_dataset is not None,

@@ -142,7 +142,7 @@ class GRPOTrainer(OnlineTrainer):
         return bool(self.args.beta)
 
     @property
-    def needs_old_logps(self) -> bool:
+    def needs_old_logps(self) -> bool:  # type: ignore[override]
         """Of a rollout that is used up in one step the policy is what it was sampled from."""
         return self.args.steps_per_rollout > 1
 
@@ -229,6 +229,7 @@ class GRPOTrainer(OnlineTrainer):
         loss = self.with_balance(loss, judged.outputs, num_items_in_batch)
         many, tokens, meter = len(inputs["index"]), len(logps), self.meter
         with torch.no_grad():
+            meter.add("loss", found.total, found.divisor)
             by_token = args.importance_sampling_level == "token"
             clipped = clip_fractions(found.low, found.high, sequences if by_token else None, many)
             for name in ("low_mean", "high_mean", "region_mean"):

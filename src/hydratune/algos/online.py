@@ -33,10 +33,10 @@ from hydratune.reward_sources import check_sources
 from hydratune.rewards import Rewards, Scored
 from hydratune.rollout import Sampling, generate
 from hydratune.rowfile import append_rows
+from hydratune.samples import rewarded
 from hydratune.watch import Watch
 
 _TOKENS_AT_ONCE = 16384  # of a forward pass that scores
-_SHOWN = 4  # completions of a rollout that are kept
 _STATE = "rollout-{}.pt"  # of a checkpoint, one for each process
 _FAR, _FLAT = (
     1.0,
@@ -58,6 +58,7 @@ class OnlineTrainer(JudgingTrainer):
 
     goal = "prompts"
     config_class: type[OnlineConfig] = OnlineConfig
+    needs_old_logps = True  # those of the policy that a rollout was sampled from
     entropy_metric, kl_option = "entropy", "algo.kl_coef"  # that warnings look at, and advise
 
     def __init__(
@@ -73,6 +74,7 @@ class OnlineTrainer(JudgingTrainer):
         **rest: Any,
     ) -> None:
         self._sources = sources
+        self._facts = {"rewards_given": sources is not None}
         super().__init__(model, args, None, train_dataset, eval_dataset, **rest)
         args = self.args
         self.temperature = args.temperature
@@ -283,7 +285,7 @@ class OnlineTrainer(JudgingTrainer):
         equal = (scored.total == scored.total[0]).all()
         meter.least("rewards/differ", (~equal).float())
         meter.most("rewards/highest", scored.total.max())
-        self._keep_some(episodes, repeated, scored)
+        self._keep_some(episodes, scored)
 
     def _old_logps(self, episodes: Episodes, found: Any) -> torch.Tensor:
         """log π of the tokens as training computes it: the sampler's own in fp32, else from another forward pass."""
@@ -293,10 +295,6 @@ class OnlineTrainer(JudgingTrainer):
         if exact and found is not None:
             return episodes.padded(found)
         return self.scored(episodes, lambda layout: self.judge(self.model, layout).per_token)
-
-    @property
-    def needs_old_logps(self) -> bool:
-        return True
 
     @torch.no_grad()
     def scored(self, episodes: Episodes, score: Any) -> torch.Tensor:
@@ -312,23 +310,10 @@ class OnlineTrainer(JudgingTrainer):
         """Put what the loss needs into `episodes.tensors`, and what the rollout tells into the meter."""
         raise NotImplementedError
 
-    def _keep_some(self, episodes: Episodes, rows: list[dict[str, Any]], scored: Scored) -> None:
+    def _keep_some(self, episodes: Episodes, scored: Scored) -> None:
         if not self.is_world_process_zero() or not self._keeps(self.rollouts - 1):
             return
-        total, each = scored.total.tolist(), {n: v.tolist() for n, v in scored.each.items()}
-        shown = []
-        for i in range(0, len(episodes), max(1, len(episodes) // _SHOWN))[:_SHOWN]:
-            prompt, completion = (
-                self.processing_class.decode(ids, skip_special_tokens=True)
-                for ids in (episodes.prompts[i], episodes.completions[i])
-            )
-            kept = {
-                "step": self.state.global_step,
-                "prompt": prompt,
-                "completion": completion,
-                "reward": total[i],
-            }
-            shown.append(kept | ({n: v[i] for n, v in each.items()} if len(each) > 1 else {}))
+        shown = rewarded(self.processing_class, episodes, scored.total, scored.each, self.state.global_step)
         told = [c for c in self.callback_handler.callbacks if hasattr(c, "on_generations")]
         for callback in told:
             callback.on_generations(shown)
@@ -347,30 +332,33 @@ class OnlineTrainer(JudgingTrainer):
         """The micro-batches of an update step, of a new rollout where the last one is used up."""
         for _ in itertools.islice(epoch_iterator, num_batches):
             pass
-        if self.episodes is None or self.used >= self.args.steps_per_rollout or self.goes_too_far():
+        if self.episodes is None or self.used >= self.args.steps_per_rollout:
             self._roll_out()
         batches = self._batches_of(self.used)
         self.used += 1
         return batches, self._get_num_items_in_batch(batches, device)
 
-    def goes_too_far(self) -> bool:
-        """Whether the rest of a rollout is passed over."""
-        return False
-
     def _batches_of(self, step: int) -> list[dict[str, Any]]:
         args, episodes = self.args, self.episodes
         assert episodes is not None
-        size, together = args.per_device_train_batch_size, args.copies
-        if size % together:
+        size, accumulated, together = (
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.copies,
+        )
+        if size * accumulated % together:
             together = 1
-        groups = np.arange(len(episodes)).reshape(-1, together)
-        micro = size // together
         number, step = divmod(step, args.steps_per_rollout // args.passes)
         seed = (args.seed, self.rollouts, number, args.process_index)
-        order = np.random.default_rng(seed).permutation(len(groups))
-        start = step * micro * args.gradient_accumulation_steps
-        parts = [order[start + i * micro :][:micro] for i in range(args.gradient_accumulation_steps)]
-        return [episodes.batch(groups[part], self._layout) for part in parts]
+        order = np.random.default_rng(seed).permutation(len(episodes) // together)
+        taken = (
+            np.arange(len(episodes)).reshape(-1, together)[order].reshape(-1)
+        )  # groups stay whole in a step
+        whole = (
+            together if size % together == 0 else 1
+        )  # and share their prompt in a micro-batch, if they can
+        parts = taken[step * size * accumulated :][: size * accumulated].reshape(accumulated, -1, whole)
+        return [episodes.batch(part, self._layout) for part in parts]
 
     def after_step(self, control: Any) -> None:
         """What follows an update step."""

@@ -244,6 +244,11 @@ class PPOTrainer(OnlineTrainer):
 
     def after_step(self, control: Any) -> None:
         self.value_model.zero_grad()
+        if self.args.target_kl is not None:
+            drift, count = self._sum_over_processes(self._drift).tolist()
+            self._drift.zero_()
+            if drift > self.args.target_kl * count:
+                self.used = self.args.steps_per_rollout  # what is left of the rollout is passed over
         wanted = self.args.total_episodes
         if wanted is not None and self.episode >= wanted and self.used >= self.args.steps_per_rollout:
             control.should_training_stop = True  # sooner than planned where rollouts were left early
@@ -298,13 +303,6 @@ class PPOTrainer(OnlineTrainer):
         start = self.args.process_index * len(values)
         return whole[start : start + len(values), : values.shape[1]]
 
-    def goes_too_far(self) -> bool:
-        if self.args.target_kl is None:
-            return False
-        total, count = self._sum_over_processes(self._drift).tolist()
-        self._drift.zero_()
-        return count > 0 and total / count > self.args.target_kl
-
     # -- loss ----------------------------------------------------------------------------------------------------
 
     def rows_of(self, batch: dict[str, Any]) -> int:
@@ -341,7 +339,7 @@ class PPOTrainer(OnlineTrainer):
             if args.target_kl is not None:
                 self._drift += torch.stack((drift, torch.full_like(drift, tokens)))
             for name, values in (
-                ("policy/approxkl_avg", drift), ("policy/clipfrac_avg", clipped.sum()),
+                ("loss", total), ("policy/approxkl_avg", drift), ("policy/clipfrac_avg", clipped.sum()),
                 ("loss/policy_avg", policy.sum()), ("loss/value_avg", value.sum()),
                 ("val/clipfrac_avg", value_clipped.sum()), ("val/ratio", ratio.sum()),
                 ("val/ratio_var", (ratio - 1).square().sum()),
@@ -374,12 +372,11 @@ class PPOTrainer(OnlineTrainer):
         )
 
     def state_of_rollouts(self) -> dict[str, Any]:
-        return {**super().state_of_rollouts(), "kl_coef": self.kl_coef, "drift": self._drift.tolist()}
+        return {**super().state_of_rollouts(), "kl_coef": self.kl_coef}
 
     def load_state_of_rollouts(self, state: dict[str, Any]) -> None:
         super().load_state_of_rollouts(state)
         self.kl_coef = state["kl_coef"]
-        self._drift = torch.tensor(state["drift"], device=self.args.device)
         if self.kl_control is not None:
             self.kl_control.load_state_dict({"coef": self.kl_coef})
 
