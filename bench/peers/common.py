@@ -59,7 +59,7 @@ RULES: dict[str, Rule] = {"verify": verify, "digits": digits}
 
 
 def load_tokenizer(settings: Settings):
-    """The tokenizer, padding on the left: TRL's PPO pads as the tokenizer says and would not complain about the right."""
+    """The tokenizer, padding on the left: TRL's PPO pads as the tokenizer says, and is wrong on the right."""
     return AutoTokenizer.from_pretrained(settings.tokenizer, padding_side="left")
 
 
@@ -187,10 +187,11 @@ def measure(
 
     Returns:
         A dict ready for JSON:
-        versions, threads, device; episodes, rollouts, optimizer_steps; seconds of `train()`; seconds_after_first and
-        episodes_per_second_after_first, which leave out the first rollout with its steps (null when it is the only
-        one); episodes_per_second; generation_seconds of all rollouts; generated_widths, the longest new tokens of each
-        rollout; peak_rss_mib and what was resident before training; the trainer's log history.
+        versions, threads, device; episodes, rollouts; optimizer_steps, counted, and optimizer_steps_meant; seconds of
+        `train()`; seconds_after_first and episodes_per_second_after_first, which leave out the first rollout with its
+        steps (null when it is the only one); episodes_per_second; generation_seconds of all rollouts;
+        generated_widths, the longest new tokens of each rollout; peak_rss_mib and resident_before_mib, what was
+        resident before training; peak_cuda_mib; log, the trainer's log history.
     """
     # the weight that every token reaches: an embedding's rows may stay as they are
     watched = next(p for name, p in policy.named_parameters() if name.endswith("norm.weight"))
@@ -233,6 +234,7 @@ def measure(
         "episodes": settings.episodes,
         "rollouts": settings.rollouts,
         "optimizer_steps": count[0],
+        "optimizer_steps_meant": settings.optimizer_steps,
         "seconds": seconds,
         "seconds_after_first": after,
         "episodes_per_second": settings.episodes / seconds,

@@ -1,4 +1,4 @@
-"""Write a settings file for the peers: our byte tokenizer, and prompts of the built-in arithmetic as token ids.
+"""Write a settings file for the peers: a tokenizer, and prompts of the built-in arithmetic as token ids.
 
 In the project's environment:
 
@@ -19,19 +19,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 from settings import Settings
 
 
-def arithmetic_settings(folder: str | Path, prompts: int, seed: int = 0, **values: Any) -> Path:
+def arithmetic_settings(
+    folder: str | Path, prompts: int, question_seed: int = 0, vocabulary: str = "byte", **values: Any
+) -> Path:
     """Write the tokenizer and the settings into `folder`, made if need be, and give the settings' path.
 
     Args:
         prompts: how many questions.
-        seed: of the questions.
+        question_seed: of the questions.
+        vocabulary: "byte" for our byte tokenizer, or a tokenizer's directory.
         values: fields of `Settings`.
     """
     from hydratune.data.builtin import arithmetic
     from hydratune.models import load_tokenizer
 
     folder = Path(folder)
-    tokenizer = load_tokenizer("byte")
+    tokenizer = load_tokenizer(vocabulary)
     tokenizer.save_pretrained(folder / "tokenizer")
     rows = [
         {
@@ -40,7 +43,7 @@ def arithmetic_settings(folder: str | Path, prompts: int, seed: int = 0, **value
             ),
             "answer": row["answer"],
         }
-        for row in arithmetic(prompts, seed)
+        for row in arithmetic(prompts, question_seed)
     ]
     path = folder / "settings.json"
     Settings(tokenizer=str(folder / "tokenizer"), rows=rows, **values).write(path)
@@ -60,12 +63,16 @@ def main() -> None:
     )
     parser.add_argument("folder")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--prompt-seed", type=int, default=0)
+    parser.add_argument("--question-seed", type=int, default=0)
+    parser.add_argument("--vocabulary", default="byte", help="byte, or a tokenizer's directory")
     parser.add_argument("values", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
     pairs = [item.partition("=") for item in options.values]
     values = {key: _value(text) for key, _, text in pairs}
-    print(arithmetic_settings(options.folder, options.prompts, options.prompt_seed, **values))
+    path = arithmetic_settings(
+        options.folder, options.prompts, options.question_seed, options.vocabulary, **values
+    )
+    print(path)
 
 
 if __name__ == "__main__":

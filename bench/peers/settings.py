@@ -1,7 +1,8 @@
 """The settings that a reinforcement-learning benchmark gives to every arm, ours and the peers', as one JSON file.
 
-Only the standard library, so that each environment can read it. The names are TRL's PPO names; docs of each field say
-what GRPO makes of it. A batch of episodes is one rollout: `per_device_train_batch_size * gradient_accumulation_steps`.
+Only the standard library, so that each environment can read it. The names are TRL's PPO names, and mean what they mean
+there; docs of each field say what GRPO makes of it. A batch of episodes is one rollout; it is split into
+`num_mini_batches`, each of them one optimizer step, and these into micro-batches, each one forward and backward.
 """
 
 from __future__ import annotations
@@ -44,14 +45,15 @@ class Settings:
     # amount
     episodes: int = 128
     """Completions sampled in all; a multiple of the batch."""
-    per_device_train_batch_size: int = 8
-    """Sequences in one forward and backward."""
-    gradient_accumulation_steps: int = 2
-    """Micro-batches in one rollout (not in one optimizer step, where `num_mini_batches` is more than 1)."""
+    per_device_train_batch_size: int = 16
+    """Sequences in one forward and backward, unless a mini-batch has fewer."""
+    gradient_accumulation_steps: int = 1
+    """The batch is this many times the above. More than 1 is unfair to TRL's PPO: it steps once for this many
+    micro-batches whatever the mini-batches, and at each micro-batch of the last batch of an epoch."""
     num_ppo_epochs: int = 4
     """Passes over one rollout; GRPO's `num_iterations`."""
     num_mini_batches: int = 1
-    """Optimizer steps in one pass; divides `gradient_accumulation_steps`."""
+    """Optimizer steps in one pass; divides the batch."""
 
     # rollout
     response_length: int = 53
@@ -99,10 +101,14 @@ class Settings:
     """More arguments for the peer's config, as they are."""
 
     def __post_init__(self) -> None:
-        if self.gradient_accumulation_steps % self.num_mini_batches:
+        if self.batch % self.num_mini_batches:
             raise ValueError(
-                f"num_mini_batches={self.num_mini_batches} must divide gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps}: a mini-batch is a whole number of micro-batches"
+                f"num_mini_batches={self.num_mini_batches} must divide the batch of {self.batch}"
+            )
+        if self.mini_batch % self.micro_batch:
+            raise ValueError(
+                f"a mini-batch of {self.mini_batch} must be a multiple of per_device_train_batch_size="
+                f"{self.per_device_train_batch_size}, or at most that: it is a whole number of micro-batches"
             )
         if self.episodes % self.batch:
             raise ValueError(f"episodes={self.episodes} must be a multiple of the batch of {self.batch}")
@@ -115,8 +121,23 @@ class Settings:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
+    def mini_batch(self) -> int:
+        """Episodes in one optimizer step."""
+        return self.batch // self.num_mini_batches
+
+    @property
+    def micro_batch(self) -> int:
+        """Episodes in one forward and backward."""
+        return min(self.mini_batch, self.per_device_train_batch_size)
+
+    @property
     def rollouts(self) -> int:
         return self.episodes // self.batch
+
+    @property
+    def optimizer_steps(self) -> int:
+        """As meant, in all rollouts."""
+        return self.rollouts * self.num_ppo_epochs * self.num_mini_batches
 
     @classmethod
     def read(cls, path: str | Path) -> Settings:

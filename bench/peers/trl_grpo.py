@@ -65,12 +65,11 @@ def run(settings: Settings) -> dict:
             path = f"{folder}/policy"
             build(settings, tokenizer, "policy", None, settings.seed).save_pretrained(path)
         policy = build(settings, tokenizer, "policy", path, settings.seed)
-        steps = settings.num_mini_batches * settings.num_ppo_epochs
         args = GRPOConfig(
-            output_dir=folder, max_steps=settings.rollouts * steps, seed=settings.seed, use_cpu=settings.use_cpu,
-            per_device_train_batch_size=settings.per_device_train_batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps // settings.num_mini_batches,
-            steps_per_generation=settings.gradient_accumulation_steps, num_iterations=settings.num_ppo_epochs,
+            output_dir=folder, max_steps=settings.optimizer_steps, seed=settings.seed, use_cpu=settings.use_cpu,
+            per_device_train_batch_size=settings.micro_batch,
+            gradient_accumulation_steps=settings.mini_batch // settings.micro_batch,
+            steps_per_generation=settings.batch // settings.micro_batch, num_iterations=settings.num_ppo_epochs,
             num_generations=settings.num_generations, max_completion_length=settings.response_length,
             temperature=settings.temperature, learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.lr_scheduler_type, max_grad_norm=settings.max_grad_norm,
@@ -86,6 +85,7 @@ def run(settings: Settings) -> dict:
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         watch(trainer, generation)
+        steps = settings.optimizer_steps // settings.rollouts
         return measure("trl-grpo", settings, trainer, policy, clock, generation, steps)
 
 

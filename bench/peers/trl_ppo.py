@@ -36,6 +36,10 @@ def watch(generation: Generation) -> None:
 
 def run(settings: Settings) -> dict:
     tokenizer = load_tokenizer(settings)
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        sys.exit(
+            "pad and EOS are one token: TRL's PPO would never train EOS; give the tokenizer a pad of its own"
+        )
     policy = build(settings, tokenizer, "policy", settings.model, settings.seed)
     reward = reward_model(settings, tokenizer)
     if reward is None:
