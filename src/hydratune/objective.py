@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,10 +20,12 @@ FACTS: dict[str, tuple[tuple[str, ...], float]] = {
     "peak_memory_gib": (("peak_memory", "bytes"), 2.0**-30),
     "training_seconds": (("seconds", "training"), 1.0),
 }
+REWARDS = ("eval_reward", "reward", "objective/scores")  # mean rewards of online runs
+_DEFAULTS = ("eval_loss", *REWARDS)
 REWARD_ACCURACY = ("eval_rewards/accuracies", "eval_accuracy")  # shares of pairs or rows on the right side
 _LESS = re.compile(r"(loss|perplexity|seconds|runtime|memory_gib|entropy|kl|grad_norm|error)$")
 _MORE = re.compile(
-    r"(accuracy|accuracies|reward|rewards?/\w+|margins?|per_second|score|win_rate|bleu|f1|mfu)$"
+    r"(accuracy|accuracies|reward|rewards?/\w+|margins?|per_second|scores?|win_rate|bleu|f1|mfu)$"
 )
 
 
@@ -83,6 +85,11 @@ def fact(name: str, summary: Mapping[str, Any]) -> float | None:
     for key in path:
         value = value.get(key) if isinstance(value, Mapping) else None
     return None if value is None else value * factor
+
+
+def default(logged: Collection[str]) -> str:
+    """What a run is judged by that names nothing: the first of a few that it logs, else its loss."""
+    return next((name for name in _DEFAULTS if name in logged), "loss")
 
 
 def named(objective: str | Sequence[str] | None) -> list[Objective]:

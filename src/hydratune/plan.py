@@ -111,7 +111,7 @@ def make(
     for split, made_of in reports.items():
         facts[f"{split} rows"] = "\n".join(made_of.lines()) if made_of.rows else "a stream"
     facts["steps"] = (
-        f"{steps:,} of {per_step} rows each, lr {args.learning_rate:g}, {args.lr_scheduler_type.value}"
+        f"{steps:,} of {per_step} {'completions' if trainer_class.goal == 'prompts' else 'rows'} each, lr {args.learning_rate:g}, {args.lr_scheduler_type.value}"
     )
     facts["memory"] = f"about {memory.size(made.total)} at its peak ({', '.join(made.lines()[:-1])}); " + (
         f"fits {memory.size(device.total_bytes)}"

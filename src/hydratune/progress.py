@@ -12,7 +12,7 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from hydratune.amounts import amount, duration
-from hydratune.objective import REWARD_ACCURACY
+from hydratune.objective import REWARD_ACCURACY, REWARDS
 
 
 def describe(logs: dict[str, Any]) -> str:
@@ -23,6 +23,7 @@ def describe(logs: dict[str, Any]) -> str:
         ("eval_loss", "eval loss", "{:.4f}"),
         ("eval_mean_token_accuracy", "accuracy", "{:.1%}"),
         *((key, "reward accuracy", "{:.1%}") for key in REWARD_ACCURACY),
+        *((key, "reward", "{:.3f}") for key in REWARDS),
         ("learning_rate", "lr", "{:.1e}"),
     ):
         if isinstance(logs.get(key), int | float):
@@ -65,7 +66,7 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not (facts := describe(logs or {})):
             return
-        evaluated = "eval_loss" in logs
+        evaluated = any(name.startswith("eval_") for name in logs)
         if self._bar is not None and self._task is not None:
             if evaluated:
                 self._bar.console.print(f"step {state.global_step}: {facts}", highlight=False)
@@ -109,6 +110,8 @@ def final_table(summary: dict[str, Any], out_dir: Path, console: Console | None 
     for key in REWARD_ACCURACY:
         if key in final:
             table.add_row("reward accuracy", f"{final[key]:.1%}")
+    for key in (key for key in REWARDS if key in final):
+        table.add_row("mean reward" + (" (evaluation)" if key == "eval_reward" else ""), f"{final[key]:.3f}")
     if "verified_accuracy" in final:
         table.add_row("verified answers", f"{final['verified_accuracy']:.0%}")
     seconds = summary["seconds"]

@@ -17,12 +17,22 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from hydratune.amounts import amount, duration
-from hydratune.objective import REWARD_ACCURACY
+from hydratune.objective import REWARD_ACCURACY, REWARDS
 from hydratune.tracking import read_metrics
 
+_GENERATIONS = 12  # completions of the training that are shown, the last ones
 # title, unit of the axis, the series drawn together
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Loss", ("loss", "eval_loss")),
+    ("Mean reward", ("reward", "objective/scores", "eval_reward")),
+    ("Groups without spread", ("frac_reward_zero_std",)),
+    ("KL of a completion (nats)", ("objective/kl",)),
+    ("Entropy of the policy (nats a token)", ("policy/entropy_avg",)),
+    ("Policy loss", ("loss/policy_avg",)),
+    ("Value loss", ("loss/value_avg",)),
+    ("approx-KL of an update (nats a token)", ("policy/approxkl_avg",)),
+    ("Completion length (tokens)", ("completions/mean_length", "eval_length")),
+    ("Completions that were cut", ("completions/clipped_ratio",)),
     ("Pairs or rows on the right side", ("rewards/accuracies", "eval_rewards/accuracies")),
     ("Pairs told apart", ("accuracy", "eval_accuracy")),
     ("Reward margin", ("rewards/margins", "eval_rewards/margins")),
@@ -37,6 +47,7 @@ CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Learning rate", ("learning_rate",)),
     ("Gradient norm", ("grad_norm",)),
     ("Tokens per second", ("tokens_per_second",)),
+    ("Episodes per second", ("eps",)),
     ("Peak memory (GiB)", ("peak_memory_gib",)),
 )
 # drawn in these, then replaced by the page's variables, which change with light and dark
@@ -50,7 +61,7 @@ _TRAIN, _EVAL, _INK, _LINE = _COLOURS
 
 
 def write_report(out_dir: Path) -> None:
-    """Write report.html and curves.png from metrics.jsonl, summary.json, config.yaml and samples.jsonl."""
+    """Write report.html and curves.png from a run's other files."""
     events = read_metrics(out_dir)
     summary = _json(out_dir / "summary.json")
     charts = [(title, series) for title, names in CHARTS if (series := _series(events, names))]
@@ -63,6 +74,7 @@ def write_report(out_dir: Path) -> None:
         headline=_headline(summary),
         charts=[(title, Markup(_svg(title, series, i))) for i, (title, series) in enumerate(charts)],
         samples=_samples(out_dir / "samples.jsonl"),
+        generations=_samples(out_dir / "generations.jsonl")[-_GENERATIONS:],
         config=list(_flat(_yaml(out_dir / "config.yaml"))),
         seconds=[(phase, duration(s)) for phase, s in (summary.get("seconds") or {}).items()],
     )
@@ -183,6 +195,7 @@ def _headline(summary: dict[str, Any]) -> list[tuple[str, str]]:
             )
     if "eval_mean_token_accuracy" in final:
         shown.append(("token accuracy", f"{final['eval_mean_token_accuracy']:.1%}"))
+    shown += [("mean reward", f"{final[key]:.3f}") for key in REWARDS if key in final][:1]
     shown += [("reward accuracy", f"{final[key]:.1%}") for key in REWARD_ACCURACY if key in final]
     if "verified_accuracy" in final:
         shown.append(("verified answers", f"{final['verified_accuracy']:.0%}"))

@@ -56,7 +56,7 @@ def run(settings: RunSettings) -> float | list[float] | None:
         settings: the parsed configuration (`hydratune.config.parse`, or written by hand in a notebook).
 
     Returns:
-        The objective: the metric `settings.objective` names, else eval_loss, else loss; a list when it names several.
+        The objective: the metric `settings.objective` names, else eval_loss, eval_reward or loss; a list when it names several.
         None with `check`.
 
     Raises:

@@ -187,7 +187,7 @@ class RunSettings:
     seed: int = 42
     run_name: str | None = None
     objective: str | list[str] | None = (
-        None  # METRIC or METRIC:RULE (objective.py); null: eval_loss, else loss
+        None  # METRIC or METRIC:RULE (objective.py); null: eval_loss, eval_reward, else loss
     )
     resume: str | None = None
     check: bool = False

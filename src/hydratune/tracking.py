@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from hydratune.objective import Objective, named
+from hydratune.objective import Objective, default, named
 from hydratune.rowfile import append_rows
 from hydratune.settings import RunSettings
 
@@ -285,7 +285,7 @@ def collect_summary(
             better = min if key.endswith("loss") else max
             if key.endswith(("loss", "accuracy")):
                 best[key] = better(best.get(key, value), value)
-    objectives = named(settings.objective) or [Objective("eval_loss" if "eval_loss" in final else "loss")]
+    objectives = named(settings.objective) or [Objective(default(final))]
     training = clock.seconds.get("training", 0.0)
     tokens = getattr(trainer, "num_tokens", 0)
     device, peak = _device_and_peak()

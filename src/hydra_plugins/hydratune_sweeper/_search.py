@@ -17,11 +17,11 @@ from omegaconf import DictConfig
 
 from hydra_plugins.hydratune_sweeper import _ahead
 from hydra_plugins.hydratune_sweeper._space import all_dimensions, of_a_trial, plain, swept_dimensions
-from hydratune.checks import evaluates, loggable
+from hydratune.checks import loggable
 from hydratune.config import key_of, parse
 from hydratune.errors import TrainingFailed, UserError, Violation, nearest
 from hydratune.functions import resolve
-from hydratune.objective import Objective, direction
+from hydratune.objective import Objective, default, direction
 from hydratune.settings import RunSettings
 from hydratune.sweep.export import whole
 from hydratune.sweep.job import Command
@@ -120,7 +120,7 @@ def _settings(
 def _objectives(settings: RunSettings) -> list[str]:
     if settings.objective:
         return [settings.objective] if isinstance(settings.objective, str) else list(settings.objective)
-    return ["eval_loss" if evaluates(settings) else "loss"]
+    return [default(loggable(settings))]
 
 
 def _check_metrics(settings: RunSettings, objectives: Sequence[str]) -> None:

@@ -404,7 +404,7 @@ class OnlineTrainer(JudgingTrainer):
     ) -> EvalLoopOutput:
         """One completion of each prompt, sampled as in training with numbers that are the same every time.
 
-        Metrics: reward, rewards/<name>, length, stopped; kl (nats a completion) where there is a reference;
+        Metrics: reward, rewards/<name>, length, stopped; kl (nats a token) where there is a reference;
         verified_accuracy of rows with an answer.
         """
         rows = dataloader.dataset
@@ -428,7 +428,7 @@ class OnlineTrainer(JudgingTrainer):
                 difference = self._old_logps(episodes, logps) - self.scored(
                     episodes, self.tokens_by_reference
                 )
-                add("kl", difference.sum(1))
+                sums["kl"] = torch.stack((difference.double().sum(), episodes.lengths.sum().double()))
             if any(map(answered, own)):
                 texts = self.processing_class.batch_decode(episodes.completions, skip_special_tokens=True)
                 right = [

@@ -71,10 +71,15 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report for the plan, a line for each fact."""
         share = self.trained_tokens / self.tokens if self.tokens else 0.0
+        trained = (
+            f", {self.trained_tokens:,} of them trained ({share:.0%})"
+            if self.trained_tokens
+            else " of prompts"
+        )
         out = [
             f"{self.rows:,} of {self.rows_in:,} rows kept"
             + "".join(f", {count:,} dropped: {reason}" for reason, count in self.dropped.items()),
-            f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained ({share:.0%}), longest row {self.longest:,}",
+            f"{self.tokens:,} tokens{trained}, longest row {self.longest:,}",
         ]
         if self.truncated:
             out.append(f"{self.truncated:,} rows truncated, {self.tokens_cut:,} tokens cut off")
