@@ -76,7 +76,10 @@ def write_config(out_dir: Path, resolved: dict[str, Any]) -> None:
 
 
 def setup_logging(out_dir: Path, debug: bool) -> None:
-    """Send the log of this package and the warnings of transformers to train.log; a resumed run appends."""
+    """Send the log of this package and the warnings of transformers to train.log; a resumed run appends.
+
+    Warnings of this package are shown too.
+    """
     handler = logging.FileHandler(out_dir / "train.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     for name in ("hydratune", "transformers", "accelerate", "peft", "datasets"):
@@ -86,7 +89,16 @@ def setup_logging(out_dir: Path, debug: bool) -> None:
             old.close()
         logger.addHandler(handler)
     log.setLevel(logging.DEBUG if debug else logging.INFO)
-    log.propagate = False  # what the console shows is said once, by progress and by _say
+    log.propagate = False  # what the console shows is said once, by progress, by _say, and here
+    if not any(isinstance(handler, _Shown) for handler in log.handlers):
+        log.addHandler(_Shown(logging.WARNING))
+
+
+class _Shown(logging.Handler):
+    """Lines on stderr as it is at the time, which progress bars put themselves in the place of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"warning: {record.getMessage()}", file=sys.stderr)
 
 
 def quiet_libraries() -> None:
