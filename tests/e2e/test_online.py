@@ -52,7 +52,8 @@ def test_a_run_is_whole_and_resumes_in_the_midst_of_a_rollout(algo, peft, tmp_pa
     } <= present
     name = {"ppo": "objective/scores", "grpo": "reward"}[algo]
     one, other = (
-        [(e["step"], e["loss"], e.get(name, 0.0)) for e in events(out) if "loss" in e] for out in (whole, parts)
+        [(e["step"], e["loss"], e.get(name, 0.0)) for e in events(out) if "loss" in e]
+        for out in (whole, parts)
     )
     assert [step for step, *_ in one] == [1, 2, 3, 4, 5]
     for a, b in zip(one, other, strict=True):
