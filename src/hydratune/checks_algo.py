@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydratune.errors import Violation, nearest
@@ -214,6 +215,13 @@ def _ppo_fits(case: Case) -> Iterator[Problem]:
         yield Violation(
             "algo.missing_eos_penalty", options["missing_eos_penalty"], why, "set algo.stop_token=eos"
         )
+    if (value := options.get("value_model")) is not None:
+        path = Path(str(value)).expanduser()
+        local = path.is_absolute() or str(value).startswith((".", "~")) or "/" not in str(value)
+        if local and not path.is_dir():
+            yield Violation(
+                "algo.value_model", value, "there is no such directory", "give one, or leave it out"
+            )
     if options.get("total_episodes") is not None and options.get("max_steps", -1) > 0:
         why = f"algo.total_episodes={options['total_episodes']} says how long to train, too"
         yield Violation("max_steps", options["max_steps"], why, "keep one of the two")

@@ -31,6 +31,7 @@ class Completions:
         rows: formatted rows; one that is answered several times stands here as often.
         prompt_ids, completion_ids: token ids of the policy's tokenizer, without padding, B arrays each.
         tokenizer: the policy's.
+        stop_tokens: what ends a completion; None: EOS.
     """
 
     def __init__(
@@ -39,10 +40,12 @@ class Completions:
         prompt_ids: Sequence[Any],
         completion_ids: Sequence[Any],
         tokenizer: Any,
+        stop_tokens: Sequence[int] | None = None,
     ) -> None:
         assert len(rows) == len(prompt_ids) == len(completion_ids), "one prompt and one completion a row"
         self.rows, self.prompt_ids, self.completion_ids = rows, prompt_ids, completion_ids
         self._tokenizer = tokenizer
+        self._stops = {tokenizer.eos_token_id} if stop_tokens is None else {*stop_tokens}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -77,9 +80,8 @@ class Completions:
 
     @cached_property
     def finished(self) -> list[bool]:
-        """Whether a completion ends with the policy's EOS; the others were cut."""
-        eos = self._tokenizer.eos_token_id
-        return [len(ids) > 0 and int(ids[-1]) == eos for ids in self.completion_ids]
+        """Whether a completion ends with what stops the policy; the others were cut."""
+        return [len(ids) > 0 and int(ids[-1]) in self._stops for ids in self.completion_ids]
 
     @cached_property
     def columns(self) -> dict[str, list[Any]]:

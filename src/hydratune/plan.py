@@ -108,6 +108,7 @@ def make(
     }
     if (kind := trainer_class.reference_kind(args, recipe.peft_config is not None)) is not None:
         facts["reference"] = kind
+    facts |= trainer_class.facts(args)
     for split, made_of in reports.items():
         facts[f"{split} rows"] = "\n".join(made_of.lines()) if made_of.rows else "a stream"
     facts["steps"] = (

@@ -76,6 +76,7 @@ class Rewards:
     Attributes:
         names: one a source, unique: of functions, and of models' directories.
         models: the reward models among the sources, by name.
+        stop_tokens: what ends a completion; None: EOS.
         same_tokens: the names of those that read the policy's tokens.
 
     Raises:
@@ -109,6 +110,7 @@ class Rewards:
             wrong.append(Violation("token_budget", token_budget, "holds no token", "give 1 or more"))
         if wrong:
             raise UserError(wrong)
+        self.stop_tokens: tuple[int, ...] | None = None
         self.names = unique([name_of(source) for source in given])
         self.models: dict[str, Any] = {}
         self.same_tokens: list[str] = []
@@ -157,7 +159,7 @@ class Rewards:
         """
         import torch
 
-        batch = Completions(rows, prompt_ids, completion_ids, self._tokenizer)
+        batch = Completions(rows, prompt_ids, completion_ids, self._tokenizer, self.stop_tokens)
         found: dict[str, torch.Tensor] = {}
         begun: dict[str, Future[Any]] = {}
         if not len(batch):

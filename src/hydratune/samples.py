@@ -61,7 +61,9 @@ def rewarded(
     tokenizer: Any, episodes: Any, total: torch.Tensor, each: dict[str, torch.Tensor], step: int
 ) -> list[dict[str, Any]]:
     """A few completions of a rollout (`episodes.Episodes`), evenly spread, with their rewards in all and, of several, each."""
-    parts = {name: values.tolist() for name, values in each.items()} if len(each) > 1 else {}
+    parts = {}
+    if len(each) > 1:  # what does not apply is null
+        parts = {name: [None if v != v else v for v in values.tolist()] for name, values in each.items()}
     rows = []
     for i in range(0, len(episodes), max(1, len(episodes) // _SHOWN))[:_SHOWN]:
         prompt, completion = (

@@ -235,7 +235,7 @@ def test_a_failure_cancels_what_still_runs():
         ([0.0, 0.0, 0.0, 0.0, 10**400], "for row 5 of 5"),
         (np.zeros((5, 2)), "[0.0, 0.0], a list for row 1 of 5"),
     ],
-    ids=str,
+    ids=range(17),
 )  # fmt: skip
 def test_what_is_no_list_of_finite_numbers_is_refused(result, said):
     def odd(completions):

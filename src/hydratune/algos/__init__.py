@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-_SHARED = {"__init__", "arguments", "base", "judge", "online", "online_config", "policy"}
+_SHARED = {"__init__", "arguments", "base", "judge", "online", "online_config", "online_evaluation", "policy"}
 
 
 def names() -> list[str]:

@@ -226,6 +226,11 @@ class BaseTrainer(transformers.Trainer):
         self.check_rows(args, config, rows)
 
     @classmethod
+    def facts(cls, args: Any) -> dict[str, str]:
+        """Further lines of the plan."""
+        return {}
+
+    @classmethod
     def steps_of(cls, args: Any, rows: int, world_size: int) -> int:
         """Update steps of a run."""
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size

@@ -208,8 +208,10 @@ class GRPOTrainer(OnlineTrainer):
         logps, sequences = judged.per_token, layout["sequences"]
         old = self.of("logps", inputs) if self.needs_old_logps else None
         reference = self.of("ref_logps", inputs) if self.reference is not None else None
+        tokens: Any = len(logps)
         if args.mask_truncated_completions:  # without loss and without gradient
             counted = self.of("counted", inputs)[sequences]
+            tokens = counted.sum()
             logps = torch.where(counted, logps, logps.detach())
             reference = None if reference is None else torch.where(counted, reference, logps.detach())
         found = grpo_loss(
@@ -227,19 +229,21 @@ class GRPOTrainer(OnlineTrainer):
         )
         loss = self.over_items(found.total, found.divisor, num_items_in_batch)
         loss = self.with_balance(loss, judged.outputs, num_items_in_batch)
-        many, tokens, meter = len(inputs["index"]), len(logps), self.meter
+        many, meter = len(inputs["index"]), self.meter
         with torch.no_grad():
-            meter.add("loss", found.total, found.divisor)
+            meter.add(
+                "loss", found.total, grpo_divisor(args.loss_type, many, tokens, args.max_completion_length)
+            )
             by_token = args.importance_sampling_level == "token"
             clipped = clip_fractions(found.low, found.high, sequences if by_token else None, many)
             for name in ("low_mean", "high_mean", "region_mean"):
-                meter.add(f"clip_ratio/{name}", clipped[name] * tokens, tokens)
+                meter.add(f"clip_ratio/{name}", clipped[name] * len(logps), len(logps))
             meter.least("clip_ratio/low_min", clipped["low_min"])
             meter.most("clip_ratio/high_max", clipped["high_max"])
             if found.kl is not None:
                 meter.add("kl", found.kl.sum(), tokens)
             if judged.stats.entropy is not None:
-                meter.add("entropy", judged.stats.entropy.sum(), tokens)
+                meter.add("entropy", judged.stats.entropy.sum(), len(logps))
         return (loss, {}) if return_outputs else loss
 
     def kl_of(self, metrics: dict[str, float]) -> float:

@@ -8,8 +8,10 @@ weights alone, and an unfinished one is part of a checkpoint, so that a resumed 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
 
-from hydratune.algos.judge import JudgingTrainer
 from hydratune.algos.online_config import OnlineConfig
-from hydratune.data.builtin import answered, verify
+from hydratune.algos.online_evaluation import EvaluatingTrainer
 from hydratune.data.pipeline import prepare_prompts
 from hydratune.data.sampling import in_passes
 from hydratune.episodes import Episodes
 from hydratune.errors import UserError, Violation
 from hydratune.packing import layout_for
 from hydratune.reference import Reference
-from hydratune.reward_models import micro_batches
+from hydratune.reward_models import micro_batches, turn_end
 from hydratune.reward_sources import check_sources
 from hydratune.rewards import Rewards, Scored
 from hydratune.rollout import Sampling, generate
@@ -36,6 +36,7 @@ from hydratune.rowfile import append_rows
 from hydratune.samples import rewarded
 from hydratune.watch import Watch
 
+log = logging.getLogger("hydratune")
 _TOKENS_AT_ONCE = 16384  # of a forward pass that scores
 _STATE = "rollout-{}.pt"  # of a checkpoint, one for each process
 _FAR, _FLAT = (
@@ -44,7 +45,7 @@ _FAR, _FLAT = (
 )  # nats a token: a KL of a policy that has gone, an entropy of one that always says the same
 
 
-class OnlineTrainer(JudgingTrainer):
+class OnlineTrainer(EvaluatingTrainer):
     """A trainer on completions of its own policy; see `BaseTrainer`.
 
     Args:
@@ -77,7 +78,6 @@ class OnlineTrainer(JudgingTrainer):
         self._facts = {"rewards_given": sources is not None}
         super().__init__(model, args, None, train_dataset, eval_dataset, **rest)
         args = self.args
-        self.temperature = args.temperature
         self.rewards = Rewards(
             args.sources if sources is None else sources,
             policy_tokenizer=self.processing_class,
@@ -88,12 +88,22 @@ class OnlineTrainer(JudgingTrainer):
             trust_remote_code=args.trust_remote_code,
         )
         self._brings_adapter = self.recipe is None and rest.get("peft_config") is None
+        self.rewards.stop_tokens = self.stop_tokens
         if self.needs_reference:
             self._set_reference(ref_model)
+        self._max_steps_given = args.max_steps
         self._start_over()
         self.add_callback(_Online(self))
 
+    @property
+    def temperature(self) -> float:  # type: ignore[override]
+        return self.args.temperature
+
     def _start_over(self) -> None:
+        """The state before training, by the arguments as they are now."""
+        args = self.args
+        args.max_steps = self._max_steps_given
+        args.max_steps = self.steps_of(args, len(self.train_dataset), args.world_size)
         self.episodes: Episodes | None = None
         self.rollouts, self.used, self.episode = (
             0,
@@ -143,35 +153,32 @@ class OnlineTrainer(JudgingTrainer):
 
     @classmethod
     def steps_of(cls, args: Any, rows: int, world_size: int) -> int:
-        return (
-            args.max_steps
-            if args.max_steps > 0
-            else math.ceil(cls._per_epoch(args, rows, world_size) * args.num_train_epochs)
-        )
-
-    @staticmethod
-    def _per_epoch(args: Any, rows: int, world_size: int) -> int:
-        """Update steps in which every prompt comes once, at least."""
+        if args.max_steps > 0:
+            return args.max_steps
         prompts = args.per_rollout // args.copies * world_size
-        return math.ceil(rows / prompts) * args.steps_per_rollout
+        return math.ceil(rows * args.num_train_epochs / prompts) * args.steps_per_rollout
+
+    @classmethod
+    def facts(cls, args: Any) -> dict[str, str]:
+        passes = (
+            f"passed over {args.passes} times in {args.steps_per_rollout} steps"
+            if args.passes > 1
+            else "used once"
+        )
+        of = f" in groups of {args.copies}" if args.copies > 1 else ""
+        made = (
+            f"{args.per_rollout:,} completions{of} of up to {args.new_tokens} tokens on each device, {passes}"
+        )
+        return {"rewards": ", ".join(args.sources) or "correct (the built-in verifier)", "rollout": made}
 
     def get_train_dataloader(self) -> DataLoader:
         """Counts micro-batches; what they hold is made in `get_batch_samples`."""
-        steps = self._per_epoch(self.args, len(self.train_dataset), self.args.world_size)
+        args = self.args
+        prompts = args.per_rollout // args.copies * args.world_size
+        steps = (
+            math.ceil(len(self.train_dataset) / prompts) * args.steps_per_rollout
+        )  # every prompt comes once, at least
         return DataLoader(range(steps * self.args.gradient_accumulation_steps), collate_fn=list)  # type: ignore[arg-type]
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = self.eval_dataset[rows] if isinstance(rows, str) else rows
-        if rows is None:
-            raise UserError(
-                Violation("eval_dataset", None, "there is nothing to evaluate", "pass the evaluation rows")
-            )
-        if "prompt_ids" not in rows.column_names:
-            rows = self.prepare_rows(
-                rows, self.processing_class, self.args, where="eval_dataset", training=False
-            )[0]
-        return DataLoader(rows, self.args.eval_batch_size, collate_fn=list)
 
     # -- models --------------------------------------------------------------------------------------------------
 
@@ -219,11 +226,15 @@ class OnlineTrainer(JudgingTrainer):
             vocab_size=min(len(tokenizer), vocabulary),
         )
 
-    @property
+    @cached_property
     def stop_tokens(self) -> tuple[int, ...]:
-        """The one stop rule, of generation, masks, scores and penalties."""
-        eos = self.processing_class.eos_token_id
-        return () if eos is None else (eos,)
+        """The one stop rule, of generation, masks, scores and penalties: EOS, and what ends a turn of the chat template."""
+        tokenizer = self.processing_class
+        known = getattr(self.model.generation_config, "eos_token_id", None)
+        found = [tokenizer.eos_token_id, *(known if isinstance(known, list | tuple) else [known])]
+        if isinstance(self.train_dataset[0].get("prompt"), list):
+            found += [int(i) for i in turn_end(tokenizer)[:1] if int(i) in tokenizer.added_tokens_decoder]
+        return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < len(tokenizer)))
 
     def _complete(
         self, rows: list[dict[str, Any]], copies: int, seed: tuple[int, ...]
@@ -282,8 +293,7 @@ class OnlineTrainer(JudgingTrainer):
         for name, values in scored.each.items():
             known = ~values.isnan()
             meter.add(f"rewards/{name}/mean", values.nan_to_num(nan=0.0).sum(), known.sum())
-        equal = (scored.total == scored.total[0]).all()
-        meter.least("rewards/differ", (~equal).float())
+        meter.least("rewards/lowest", scored.total.min())
         meter.most("rewards/highest", scored.total.max())
         self._keep_some(episodes, scored)
 
@@ -379,10 +389,10 @@ class OnlineTrainer(JudgingTrainer):
 
     def _train_metrics(self) -> dict[str, float]:
         metrics = super()._train_metrics()
-        differ, highest = metrics.pop("rewards/differ", 1.0), metrics.pop("rewards/highest", 0.0)
+        lowest, highest = metrics.pop("rewards/lowest", None), metrics.pop("rewards/highest", None)
         self._watch.look(
             self.state.global_step,
-            equal_rewards=highest if differ == 0.0 else None,
+            equal_rewards=highest if lowest == highest else None,
             kl=self.kl_of(metrics),
             entropy=metrics.get(self.entropy_metric),
         )
@@ -392,60 +402,14 @@ class OnlineTrainer(JudgingTrainer):
         """The KL from the reference, nats a token."""
         raise NotImplementedError
 
-    # -- evaluation ----------------------------------------------------------------------------------------------
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """One completion of each prompt, sampled as in training with numbers that are the same every time.
-
-        Metrics: reward, rewards/<name>, length, stopped; kl (nats a token) where there is a reference;
-        verified_accuracy of rows with an answer.
-        """
-        rows = dataloader.dataset
-        own = [rows[i] for i in range(self.args.process_index, len(rows), self.args.world_size)]  # type: ignore[arg-type, index]
-        sums: dict[str, torch.Tensor] = {}
-
-        def add(name: str, values: torch.Tensor) -> None:
-            known = ~values.isnan()
-            sums[name] = torch.stack((values.nan_to_num(nan=0.0).double().sum(), known.double().sum()))
-
-        with self._not_training():
-            episodes, repeated, scored, logps = self._complete(
-                own, 1, (self.args.seed, 0, self.args.process_index)
-            )
-            add("reward", scored.total)
-            for name, values in scored.each.items():
-                add(f"rewards/{name}", values)
-            add("length", episodes.lengths.float())
-            add("stopped", episodes.stopped.float())
-            if self.reference is not None:
-                difference = self._old_logps(episodes, logps) - self.scored(
-                    episodes, self.tokens_by_reference
-                )
-                sums["kl"] = torch.stack((difference.double().sum(), episodes.lengths.sum().double()))
-            if any(map(answered, own)):
-                texts = self.processing_class.batch_decode(episodes.completions, skip_special_tokens=True)
-                right = [
-                    float(verify(row, text)) if answered(row) else math.nan
-                    for row, text in zip(repeated, texts, strict=True)
-                ]
-                add("verified_accuracy", torch.tensor(right, device=self.args.device))
-            names = sorted(sums)
-            table = self._sum_over_processes(torch.stack([sums[name] for name in names])).tolist()
-        metrics = {
-            f"{metric_key_prefix}_{name}": total / count
-            for name, (total, count) in zip(names, table, strict=True)
-            if count
-        }
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))  # type: ignore[arg-type]
-
     # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if trial is not None:  # which may have set what rollouts go by
+            self._start_over()
+            if self.needs_reference and self.reference is None:
+                self._set_reference(None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         self._start_over()
@@ -460,12 +424,31 @@ class OnlineTrainer(JudgingTrainer):
             "episode": self.episode,
             "episodes": None if whole else self.episodes.state(),  # type: ignore[union-attr]
             "entropy": self._watch.first_entropy,
+            "shape": self._shape,
         }
+
+    @property
+    def _shape(self) -> list[int]:
+        """What an unfinished rollout must have in common with the arguments."""
+        args = self.args
+        counts = (
+            args.per_rollout,
+            args.copies,
+            args.steps_per_rollout,
+            self.reference is not None,
+            self.needs_old_logps,
+        )
+        return [int(count) for count in counts]
 
     def load_state_of_rollouts(self, state: dict[str, Any]) -> None:
         self.rollouts, self.used, self.episode = state["rollouts"], state["used"], state["episode"]
         self._episodes_logged, self._watch.first_entropy = self.episode, state["entropy"]
         kept = state["episodes"]
+        if kept is not None and state["shape"] != self._shape:
+            log.warning(
+                "the arguments have changed since: the unfinished rollout of the checkpoint is left out"
+            )
+            kept = None
         self.episodes = None if kept is None else Episodes.from_state(kept, self.args.device)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -43,7 +43,13 @@ class OnlineConfig(BaseConfig):
         super().__post_init__()
         if isinstance(self.reward_funcs, str):
             self.reward_funcs = [self.reward_funcs]
-        if self.load_best_model_at_end and getattr(self, "metric_for_best_model", None) in (None, "loss"):
+        needs = (
+            self.load_best_model_at_end
+            or str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) == "reduce_lr_on_plateau"
+            or str(getattr(self.save_strategy, "value", self.save_strategy)) == "best"
+        )
+        # there is no loss of an evaluation
+        if needs and getattr(self, "metric_for_best_model", None) in (None, "loss", "eval_loss"):
             self.metric_for_best_model, self.greater_is_better = "eval_reward", True
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,8 +147,14 @@ class PPOTrainer(OnlineTrainer):
         recipe: ModelRecipe | None = None,
         **older_names: Any,
     ) -> None:
-        extra = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-        sources = [source for source in (reward_model, *extra) if source is not None]
+        asked = args if args is not None else older_names.get("config")
+        first = getattr(asked, "reward_model", None) if reward_model is None else reward_model
+        more = getattr(asked, "reward_funcs", None) if reward_funcs is None else reward_funcs
+        sources = [
+            source
+            for source in (first, *(more if isinstance(more, list | tuple) else [more]))
+            if source is not None
+        ]
         super().__init__(
             policy if model is None else model,
             ref_policy if ref_model is None else ref_model,
@@ -166,8 +173,6 @@ class PPOTrainer(OnlineTrainer):
             **older_names,
         )
         args = self.args
-        if args.total_episodes is not None:
-            args.max_steps = self.steps_of(args, len(self.train_dataset), args.world_size)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             why = "two models are trained at once, which sharding engines do not do here"
             raise UserError(
@@ -182,7 +187,20 @@ class PPOTrainer(OnlineTrainer):
             reward_model=self.rewards.models[shared[0]] if shared else None,
             peft_config=adapter,
             args=args,
+            others=[
+                *self.rewards.models.values(),
+                self.model,
+                self.reference.model if self.reference else None,
+            ],
+            tokens=len(self.processing_class),
         )
+        optimizer, scheduler = optimizers
+        if scheduler is not None:
+            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if any(p.requires_grad and id(p) not in known for p in self.value_model.parameters()):
+                why = "the scheduler's optimizer has no parameters of the value model, and none can be added any more"
+                fix = "pass value_model= and put its parameters into the optimizer, or leave the scheduler to the trainer"
+                raise UserError(Violation("optimizers", None, why, fix))
         self._make_value_ready()
 
     def _make_value_ready(self) -> None:
@@ -207,11 +225,21 @@ class PPOTrainer(OnlineTrainer):
             return super().steps_of(args, rows, world_size)
         return math.ceil(args.total_episodes / (args.per_rollout * world_size)) * args.steps_per_rollout
 
-    @property
+    @cached_property
     def stop_tokens(self) -> tuple[int, ...]:
         if self.args.stop_token_id is not None:
             return (self.args.stop_token_id,)
         return super().stop_tokens if self.args.stop_token == "eos" else ()
+
+    @classmethod
+    def check_rows(cls, args: Any, config: Any, rows: dict[str, Any], sources: Any = None) -> None:
+        size, stop = config.get_text_config().vocab_size, args.stop_token_id
+        if stop is not None and not 0 <= stop < size:
+            why = f"is no token: the vocabulary has {size:,}"
+            raise UserError(
+                Violation("algo.stop_token_id", stop, why, "give an id below that, or leave it out")
+            )
+        super().check_rows(args, config, rows, sources)
 
     # -- value model ---------------------------------------------------------------------------------------------
 
@@ -265,6 +293,8 @@ class PPOTrainer(OnlineTrainer):
             else None
         )
         self._drift = torch.zeros(2, device=args.device)
+        if hasattr(self, "value_model"):
+            self.value_model.zero_grad()
 
     @torch.no_grad()
     def finish(self, episodes: Episodes, scored: Scored) -> None:
@@ -370,6 +400,12 @@ class PPOTrainer(OnlineTrainer):
         values_of.load(
             self.accelerator.unwrap_model(self.value_model), Path(resume_from_checkpoint) / _FOLDER
         )
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        folder = Path(str(self.state.best_model_checkpoint)) / _FOLDER
+        if folder.is_dir():
+            values_of.load(self.accelerator.unwrap_model(self.value_model), folder)
 
     def state_of_rollouts(self) -> dict[str, Any]:
         return {**super().state_of_rollouts(), "kl_coef": self.kl_coef}

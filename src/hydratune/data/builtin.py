@@ -65,12 +65,13 @@ def verifiable(answer: Any) -> bool:
 
 
 def answered(row: Mapping[str, Any]) -> bool:
-    """Whether a formatted row can be verified; of others the column is missing or null."""
-    return row.get("answer") is not None
+    """Whether a formatted row can be verified."""
+    return verifiable(row.get("answer"))
 
 
 def verify(row_or_answer: Mapping[str, Any] | str | int, completion: str) -> bool:
     """True when the last whole number in the completion is the answer (of the row, or given itself)."""
     answer = row_or_answer["answer"] if isinstance(row_or_answer, Mapping) else row_or_answer
     numbers = re.findall(r"(?<![\w.])-?\d+(?![\w]|\.\d)", completion)
-    return bool(numbers) and int(numbers[-1]) == int(answer)
+    # more digits than any answer has are more than Python reads
+    return bool(numbers) and len(numbers[-1]) <= len(str(answer)) + 20 and int(numbers[-1]) == int(answer)
