@@ -5,7 +5,7 @@ alternate (A B A B …); a round has its own seed. PPO is held against TRL 1.9.2
 environment that `peers/setup_trl_ppo.sh` makes (here, if need be); GRPO against the TRL of this environment.
 
     python bench/rl.py --tokenizer ../shared/data/tokenizer/gpt-neox-20b --append
-    python bench/rl.py ppo grpo-learns --rounds 3
+    python bench/rl.py ppo-learns grpo-learns --rounds 6     learning differs more by seed than by arm: ask for many
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def compare(case: str, options: argparse.Namespace) -> dict[str, list[dict[str, 
 
 COLUMNS = (
     "case", "arm", "episodes/s", "ours is faster by", "by CPU time", "generation s", "peak RSS MiB", "ours / theirs",
-    "of it by training", "reward at the end, each round",
+    "of it by training", "reward at the end",
 )  # fmt: skip
 
 
@@ -177,6 +177,7 @@ def lines(case: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
 
     made = []
     for arm in found:
+        rewards = [r["late_reward"] for r in found[arm]]
         own = [
             case if arm == "ours" else "",
             arm,
@@ -187,7 +188,7 @@ def lines(case: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
             f"{median(arm, _memory):.0f}",
             f"{median('ours', _memory) / median(arm, _memory):.2f}",
             f"{median(arm, lambda r: r['peak_rss_mib'] - r['resident_before_mib']):.0f}",
-            ", ".join(f"{r['late_reward']:.3f}" for r in found[arm]),
+            f"{statistics.median(rewards):.3f} ({min(rewards):.3f} to {max(rewards):.3f})",
         ]
         made.append("| " + " | ".join(own) + " |")
     return made
