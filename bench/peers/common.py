@@ -145,15 +145,17 @@ class _RuleBackbone(torch.nn.Module):
 
 
 class Clock(TrainerCallback):
-    """The times at which steps ended, in seconds."""
+    """The times at which steps ended, in seconds: on the wall, and of this process's CPU time."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.cpu: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        self.cpu.append(time.process_time())
 
 
 class Generation:
@@ -189,7 +191,8 @@ def measure(
         A dict ready for JSON:
         versions, threads, device; episodes, rollouts; optimizer_steps, counted, and optimizer_steps_meant; seconds of
         `train()`; seconds_after_first and episodes_per_second_after_first, which leave out the first rollout with its
-        steps (null when it is the only one); episodes_per_second; generation_seconds of all rollouts;
+        steps (null when it is the only one); cpu_seconds_after_first, the same of this process's CPU time, which hardly
+        moves when others use the machine; episodes_per_second; generation_seconds of all rollouts;
         generated_widths, the longest new tokens of each rollout; peak_rss_mib and resident_before_mib, what was
         resident before training; peak_cuda_mib; log, the trainer's log history.
     """
@@ -224,7 +227,9 @@ def measure(
     seconds = time.perf_counter() - started
     assert not torch.equal(before.cpu(), watched.detach().cpu()), "parameters did not move"
     assert len(clock.times) == settings.rollouts * steps, (len(clock.times), settings.rollouts, steps)
-    after = clock.times[-1] - clock.times[steps - 1] if settings.rollouts > 1 else None
+    several = settings.rollouts > 1
+    after = clock.times[-1] - clock.times[steps - 1] if several else None
+    cpu_after = clock.cpu[-1] - clock.cpu[steps - 1] if several else None
     names = ("trl", "transformers", "torch", "accelerate", "peft", "datasets")
     return {
         "peer": peer,
@@ -237,6 +242,7 @@ def measure(
         "optimizer_steps_meant": settings.optimizer_steps,
         "seconds": seconds,
         "seconds_after_first": after,
+        "cpu_seconds_after_first": cpu_after,
         "episodes_per_second": settings.episodes / seconds,
         "episodes_per_second_after_first": (settings.episodes - settings.batch) / after if after else None,
         "generation_seconds": generation.seconds,
