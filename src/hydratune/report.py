@@ -23,8 +23,8 @@ from hydratune.tracking import read_metrics
 _GENERATIONS = 12  # completions of the training that are shown, the last ones
 # title, unit of the axis, the series drawn together
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("Loss", ("loss", "eval_loss")),
     ("Mean reward", ("reward", "objective/scores", "eval_reward")),
+    ("Loss", ("loss", "eval_loss")),
     ("Groups without spread", ("frac_reward_zero_std",)),
     ("KL of a completion (nats)", ("objective/kl",)),
     ("Entropy of the policy (nats a token)", ("policy/entropy_avg",)),
@@ -183,9 +183,10 @@ def _picture(charts: list[tuple[str, Any]], path: Path) -> None:
 def _headline(summary: dict[str, Any]) -> list[tuple[str, str]]:
     metrics = summary.get("metrics") or {}
     final, best = metrics.get("final") or {}, metrics.get("best") or {}
-    shown = []
+    shown = [("mean reward", f"{final[key]:.3f}") for key in REWARDS if key in final][:1]
+    rewarded = bool(shown)
     for key, name in (("eval_loss", "evaluation loss"), ("loss", "training loss")):
-        if key in final:
+        if key in final and not rewarded:  # the loss of an online run says nothing
             shown.append(
                 (
                     name,
@@ -195,7 +196,6 @@ def _headline(summary: dict[str, Any]) -> list[tuple[str, str]]:
             )
     if "eval_mean_token_accuracy" in final:
         shown.append(("token accuracy", f"{final['eval_mean_token_accuracy']:.1%}"))
-    shown += [("mean reward", f"{final[key]:.3f}") for key in REWARDS if key in final][:1]
     shown += [("reward accuracy", f"{final[key]:.1%}") for key in REWARD_ACCURACY if key in final]
     if "verified_accuracy" in final:
         shown.append(("verified answers", f"{final['verified_accuracy']:.0%}"))
