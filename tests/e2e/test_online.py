@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("train_entry", ROOT / "train.py")
+entry = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(entry)
 SMALL = ["data.size=96", "batch_size=8", "lr=1e-3", "trainer.logging_steps=1", "trainer.save_steps=3", "tracking.samples=2",
          "trainer.lr_scheduler_type=constant"]  # fmt: skip
 SHORT = {
@@ -30,8 +34,7 @@ def events(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("algo", ["ppo", "grpo"])
-@pytest.mark.parametrize("peft", ["none", "lora"])
+@pytest.mark.parametrize("algo,peft", [("ppo", "none"), ("grpo", "lora")])
 def test_a_run_is_whole_and_resumes_in_the_midst_of_a_rollout(algo, peft, tmp_path):
     base = [f"algo={algo}", f"peft={peft}", *SMALL, *SHORT[algo], "tracking=offline"]
     base += ["algo.num_iterations=2"] if algo == "grpo" else []
@@ -105,16 +108,16 @@ def test_rewards_from_a_trained_model_and_a_function(tmp_path):
         (["algo=grpo", "data.streaming=true", "max_steps=3"], "data.streaming", "data.streaming=false"),
     ],
 )  # fmt: skip
-def test_wrong_commands_leave_nothing(wrong, key, way_out, tmp_path):
-    (tmp_path / "bare.jsonl").write_text('{"prompt": "a"}\n' * 8)
+def test_wrong_commands_leave_nothing(wrong, key, way_out, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("bare.jsonl").write_text('{"prompt": "a"}\n' * 8)
     long = {"prompt": "x" * 4000, "answer": "1"}
-    (tmp_path / "long.jsonl").write_text(
-        "\n".join(json.dumps(r) for r in ({"prompt": "a", "answer": "2"}, long))
-    )
+    Path("long.jsonl").write_text("\n".join(json.dumps(r) for r in ({"prompt": "a", "answer": "2"}, long)))
     extra = ["data.eval_fraction=0"] if any("jsonl" in w for w in wrong) else []
-    done = train(*wrong, *extra, "tracking=none", "output_dir=run", cwd=tmp_path, code=2)
-    assert done.stderr.startswith("error: ") and key in done.stderr and way_out in done.stderr
-    assert not (tmp_path / "run").exists()
+    assert entry.main([*wrong, *extra, "tracking=none", "output_dir=run"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and key in err and way_out in err and "Traceback" not in err
+    assert not Path("run").exists()
 
 
 def test_a_reward_that_breaks_in_training_ends_the_run_with_its_name(tmp_path):
