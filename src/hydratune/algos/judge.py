@@ -84,6 +84,7 @@ class JudgingTrainer(RowTrainer):
     """A trainer with a policy, and mostly with a reference."""
 
     reference: Reference | None = None
+    _brings_adapter = False  # the policy's adapter, if there is one, was not made here
     temperature = 1.0  # under which the policy's log-probs are taken, and the reference's
 
     # -- reference -----------------------------------------------------------------------------------------------
@@ -101,6 +102,20 @@ class JudgingTrainer(RowTrainer):
             trust_remote_code=self.args.trust_remote_code,
         )
         return recipe.build()
+
+    def _loaded(self, given: Any) -> Any:
+        """A reference that is named, or loaded in a way of its own; batches are laid out for the policy's attention."""
+        if isinstance(given, str) or (given is None and self.args.ref_model_init_kwargs and self.recipe):
+            given = self._load_reference(given)
+        if given is not None:
+            given.set_attn_implementation(self.model.config._attn_implementation)
+        return given
+
+    def _hold(self, policy: Any, given: Any = None) -> None:
+        """Hold the policy to a reference from now on."""
+        self.reference = Reference(policy, given, ours=not self._brings_adapter)
+        if self.reference.model is not None:
+            self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
 
     # -- log-probs -----------------------------------------------------------------------------------------------
 

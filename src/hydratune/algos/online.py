@@ -27,7 +27,6 @@ from hydratune.data.sampling import in_passes
 from hydratune.episodes import Episodes
 from hydratune.errors import UserError, Violation
 from hydratune.packing import layout_for
-from hydratune.reference import Reference
 from hydratune.reward_models import micro_batches, turn_end
 from hydratune.reward_sources import check_sources
 from hydratune.rewards import Rewards, Scored
@@ -39,10 +38,6 @@ from hydratune.watch import Watch
 log = logging.getLogger("hydratune")
 _TOKENS_AT_ONCE = 16384  # of a forward pass that scores
 _STATE = "rollout-{}.pt"  # of a checkpoint, one for each process
-_FAR, _FLAT = (
-    1.0,
-    0.02,
-)  # nats a token: a KL of a policy that has gone, an entropy of one that always says the same
 
 
 class OnlineTrainer(EvaluatingTrainer):
@@ -105,11 +100,9 @@ class OnlineTrainer(EvaluatingTrainer):
         args.max_steps = self._max_steps_given
         args.max_steps = self.steps_of(args, len(self.train_dataset), args.world_size)
         self.episodes: Episodes | None = None
-        self.rollouts, self.used, self.episode = (
-            0,
-            0,
-            0,
-        )  # made; steps of the last one; completions on all devices
+        self.rollouts = 0  # that were made
+        self.used = 0  # update steps of the last one
+        self.episode = 0  # completions, on all devices
         self._episodes_logged = 0
         self._watch = Watch(self.kl_option)
 
@@ -175,10 +168,9 @@ class OnlineTrainer(EvaluatingTrainer):
         """Counts micro-batches; what they hold is made in `get_batch_samples`."""
         args = self.args
         prompts = args.per_rollout // args.copies * args.world_size
-        steps = (
-            math.ceil(len(self.train_dataset) / prompts) * args.steps_per_rollout
-        )  # every prompt comes once, at least
-        return DataLoader(range(steps * self.args.gradient_accumulation_steps), collate_fn=list)  # type: ignore[arg-type]
+        # every prompt comes once, at least
+        steps = math.ceil(len(self.train_dataset) / prompts) * args.steps_per_rollout
+        return DataLoader(range(steps * args.gradient_accumulation_steps), collate_fn=list)  # type: ignore[arg-type]
 
     # -- models --------------------------------------------------------------------------------------------------
 
@@ -190,23 +182,13 @@ class OnlineTrainer(EvaluatingTrainer):
         if given is not None and given is self.model:
             why = "is the policy itself, and would be trained"
             raise UserError(Violation("ref_model", "model", why, "leave it out"))
-        if isinstance(given, str) or (given is None and self.args.ref_model_init_kwargs and self.recipe):
-            given = self._load_reference(given)
-        if given is not None:  # batches are laid out for the policy's attention
-            given.set_attn_implementation(self.model.config._attn_implementation)
-        self.reference = Reference(self.model, given, ours=not self._brings_adapter)
-        if self.reference.model is not None:
-            self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
+        self._hold(self.model, self._loaded(given))
 
     def _ready_model(self, trial: Any = None) -> Any:
         model = super()._ready_model(trial)
         if self.reference is not None and self.reference.kind != "given":
-            self.reference.model = None
-            self.reference = Reference(model, ours=not self._brings_adapter)
-            if self.reference.model is not None:
-                self.reference.model = self.accelerator.prepare_model(
-                    self.reference.model, evaluation_mode=True
-                )
+            self.reference.model = None  # before there is another copy
+            self._hold(model)
         return model
 
     # -- rollouts ------------------------------------------------------------------------------------------------
@@ -351,22 +333,14 @@ class OnlineTrainer(EvaluatingTrainer):
     def _batches_of(self, step: int) -> list[dict[str, Any]]:
         args, episodes = self.args, self.episodes
         assert episodes is not None
-        size, accumulated, together = (
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            args.copies,
-        )
-        if size * accumulated % together:
-            together = 1
+        size, accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        # groups stay whole in a step if they can, and share their prompt in a micro-batch if they fit it
+        together = 1 if size * accumulated % args.copies else args.copies
+        whole = 1 if size % together else together
         number, step = divmod(step, args.steps_per_rollout // args.passes)
         seed = (args.seed, self.rollouts, number, args.process_index)
         order = np.random.default_rng(seed).permutation(len(episodes) // together)
-        taken = (
-            np.arange(len(episodes)).reshape(-1, together)[order].reshape(-1)
-        )  # groups stay whole in a step
-        whole = (
-            together if size % together == 0 else 1
-        )  # and share their prompt in a micro-batch, if they can
+        taken = np.arange(len(episodes)).reshape(-1, together)[order].reshape(-1)
         parts = taken[step * size * accumulated :][: size * accumulated].reshape(accumulated, -1, whole)
         return [episodes.batch(part, self._layout) for part in parts]
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from hydratune.algos.judge import JudgingTrainer
-from hydratune.data.builtin import answered, verify
+from hydratune.data.builtin import answered, verifiable, verify
 from hydratune.errors import UserError, Violation
 
 
@@ -49,7 +49,8 @@ class EvaluatingTrainer(JudgingTrainer):
         own = [rows[i] for i in range(self.args.process_index, len(rows), self.args.world_size)]  # type: ignore[arg-type, index]
         names = ["reward", *(f"rewards/{name}" for name in self.rewards.names), "length", "stopped"]
         names += ["kl"] if self.reference is not None else []
-        verified = any(answered(rows[i]) for i in range(len(rows)))  # type: ignore[arg-type, index]
+        answers = rows["answer"] if "answer" in rows.column_names else []  # type: ignore[attr-defined, index]
+        verified = any(map(verifiable, answers))
         names += ["verified_accuracy"] if verified else []
         # the same names on every process, also where one has no such row, or none at all
         sums = {name: torch.zeros(2, dtype=torch.float64, device=device) for name in names}

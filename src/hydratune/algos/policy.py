@@ -126,18 +126,13 @@ class PolicyTrainer(JudgingTrainer):
         return "the policy with its adapter off" if adapter else "a frozen copy"
 
     def _set_reference(self, given: Any) -> None:
-        args, ours = self.args, not self._brings_adapter
+        args = self.args
         self._check_reference(given)
-        if isinstance(given, str) or (given is None and args.ref_model_init_kwargs and self.recipe):
-            given = self._load_reference(given)
-        if given is not None:  # batches are laid out for the policy's attention
-            given.set_attn_implementation(self.model.config._attn_implementation)
+        given = self._loaded(given)
         if args.precompute_ref_log_probs:
-            self._precompute(Reference(self.model, given, ours=ours, lasting=False))
+            self._precompute(Reference(self.model, given, ours=not self._brings_adapter, lasting=False))
             return
-        self.reference = Reference(self.model, given, ours=ours)
-        if self.reference.model is not None:
-            self.reference.model = self.accelerator.prepare_model(self.reference.model, evaluation_mode=True)
+        self._hold(self.model, given)
         if args.sync_ref_model:
             self.add_callback(_Follow(self))
 
@@ -156,7 +151,7 @@ class PolicyTrainer(JudgingTrainer):
                 raise UserError(Violation("precompute_ref_log_probs", True, why, fix))
             return model
         if self.reference.model is None:
-            self.reference = Reference(model, ours=not self._brings_adapter)
+            self._hold(model)
         elif self.reference.kind == "frozen copy":
             self._moving_reference().load_state_dict(model.state_dict())
         elif self.args.sync_ref_model:
