@@ -364,6 +364,7 @@ import json, sys
 sys.path.insert(0, {tests!r})
 import torch
 from test_online import rows, trainer, trajectory
+from hydratune.processes import leave_group
 algo, folder = sys.argv[1], sys.argv[2]
 run = trainer(algo, folder, per_device_train_batch_size=4, ddp_backend="gloo", evaluation=rows(6), max_steps=6,
               **({{"whiten_rewards": True}} if algo == "ppo" else {{"scale_rewards": "batch"}}))
@@ -376,6 +377,8 @@ both = run.accelerator.gather(digest[None]).tolist()
 if run.args.process_index == 0:
     print("FOUND " + json.dumps({{"loss": found["loss"], "both": both, "episode": run.episode,
                                  "reward": evaluated["eval_reward"]}}))
+del run
+leave_group()
 """
 
 

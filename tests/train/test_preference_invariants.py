@@ -289,12 +289,15 @@ SCRIPT = """
 import json, sys
 sys.path.insert(0, {tests!r})
 from test_preference_invariants import fixed_pairs, rows, trainer, trajectory
+from hydratune.processes import leave_group
 algo, folder, resume, options = sys.argv[1], sys.argv[2], sys.argv[3] or None, json.loads(sys.argv[4])
 data = fixed_pairs() if algo == "kto" else rows(algo)
 run = trainer(algo, folder, data=data, ddp_backend="gloo", **options)
 found = trajectory(run, resume)
 if run.args.process_index == 0:
     print("FOUND " + json.dumps(found))
+del run
+leave_group()
 """
 
 
