@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     current = trial.current()  # a sweep's trial writes down how it ended
     before, argv_before = os.environ.get("HYDRA_FULL_ERROR"), sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its errors over instead of printing and exiting
+    from hydratune.processes import leave_group
     from hydratune.sweep.executors import ForkExecutor
 
     try:
@@ -88,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         return getattr(error, "exit_code", Interrupted.exit_code)
     finally:
         ForkExecutor.dismiss()
+        leave_group()
         sys.argv = argv_before
         os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
 
