@@ -37,6 +37,7 @@ _NOT_SECRET = re.compile(r"(?i)^(eos|pad|bos|unk|stop|sep|cls|mask)_token$")
 _PACKAGES = ("hydratune", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "wandb")
 _SECONDS_TO_CONNECT = 20
 _SECONDS_TO_UPLOAD = 60
+_SECONDS_TO_START = 120  # W&B's own service on this machine, when nothing is to be reached: a cold disk is slow
 
 
 class PhaseClock:
@@ -168,6 +169,7 @@ class RunTracker:
         filed = dict(self._filed)
         tags += filed.pop("tags", [])
         config = {**redact(settings.resolved), **(extra_config or {}), **filed.pop("config", {})}
+        patience = _SECONDS_TO_START if mode == "offline" else _SECONDS_TO_CONNECT
         names = {"group": tracking.group, "name": settings.run_name or self._out.name}
         return wandb.init(
             mode=mode,
@@ -180,8 +182,8 @@ class RunTracker:
             reinit="finish_previous",
             **{**names, **filed},
             settings=wandb.Settings(
-                silent=True, console="off", save_code=False, disable_git=True, init_timeout=_SECONDS_TO_CONNECT,
-                login_timeout=_SECONDS_TO_CONNECT, finish_timeout=_SECONDS_TO_UPLOAD,
+                silent=True, console="off", save_code=False, disable_git=True, init_timeout=patience,
+                login_timeout=patience, finish_timeout=_SECONDS_TO_UPLOAD,
             ),
         )  # fmt: skip
 

@@ -110,12 +110,12 @@ def test_an_offline_wandb_run_is_really_there(tmp_path, monkeypatch, capfd):
     tracker.callback().on_log(None, state(1), None, {"loss": 1.25})
     tracker.samples([{"prompt": "2+2?", "completion": "4", "reference": "4"}])
     tracker.finish("completed", {"status": "completed", "steps": 1})
+    said = capfd.readouterr().err
+    assert len(re.findall("wandb sync", said)) == 1, said
     raw = records(tmp_path)
     for expected in (b"probe", b"family", b"mine", b"arithmetic", b"1.25", b"max_steps"):
         assert expected in raw, expected
     assert b"hf_secret" not in raw
-    said = capfd.readouterr().err
-    assert len(re.findall("wandb sync", said)) == 1
     assert json.loads((tmp_path / "samples.jsonl").read_text())["completion"] == "4"
 
 
