@@ -183,7 +183,7 @@ class RunTracker:
             **{**names, **filed},
             settings=wandb.Settings(
                 silent=True, console="off", save_code=False, disable_git=True, init_timeout=patience,
-                login_timeout=patience, finish_timeout=_SECONDS_TO_UPLOAD,
+                login_timeout=patience, finish_timeout=_SECONDS_TO_UPLOAD, x_service_wait=_SECONDS_TO_START,
             ),
         )  # fmt: skip
 
