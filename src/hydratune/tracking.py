@@ -37,7 +37,7 @@ _NOT_SECRET = re.compile(r"(?i)^(eos|pad|bos|unk|stop|sep|cls|mask)_token$")
 _PACKAGES = ("hydratune", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "wandb")
 _SECONDS_TO_CONNECT = 20
 _SECONDS_TO_UPLOAD = 60
-_SECONDS_TO_START = 120  # W&B's own service on this machine, when nothing is to be reached: a cold disk is slow
+_SECONDS_TO_START = 120  # W&B's own service, which reaches nothing: on a cold disk it is slow
 
 
 class PhaseClock:
