@@ -179,6 +179,23 @@ def _sampling_fits(case: Case) -> Iterator[Problem]:
         yield Violation("trainer.train_sampling_strategy", "group_by_length", why, "leave it out")
 
 
+def _server_is_usable(case: Case) -> Iterator[Problem]:
+    options = case.options
+    yield from _positive(case, "vllm_server_timeout")
+    url = options.get("vllm_server_base_url")
+    if url is None:
+        if options.get("vllm_server_folder") is not None:
+            yield "algo.vllm_server_folder has no effect without algo.vllm_server_base_url"
+        return
+    if not str(url).startswith(("http://", "https://")):
+        fix = "begin with http:// or https://, e.g. http://127.0.0.1:8000"
+        yield Violation("algo.vllm_server_base_url", url, "is no address of a server", fix)
+    for name in ("fsdp", "deepspeed"):
+        if options.get(name):
+            why = "the policy's weights are in parts, and a server is sent whole ones"
+            yield Violation(f"trainer.{name}", options[name], why, "leave it out, or sample here")
+
+
 def _rewards_are_there(case: Case) -> Iterator[Problem]:
     if case.rewards_given:
         return
@@ -266,7 +283,7 @@ def _grpo_fits(case: Case) -> Iterator[Problem]:
 RULES: dict[str, list[Callable[..., Iterator[Any]]]] = {
     "reward": [_reward_is_bounded, _reward_has_no_router, _rows_have_one_length],
     "dpo": [_reference_fits, _dpo_losses_fit, _rows_have_one_length],
-    "ppo": [_sampling_fits, _rewards_are_there, _ppo_fits],
-    "grpo": [_sampling_fits, _rewards_are_there, _grpo_fits],
+    "ppo": [_sampling_fits, _server_is_usable, _rewards_are_there, _ppo_fits],
+    "grpo": [_sampling_fits, _server_is_usable, _rewards_are_there, _grpo_fits],
     "kto": [_reference_fits, _kto_can_estimate, _lengths_fit, _rows_have_one_length],
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -38,6 +38,18 @@ def without_dropout(model: nn.Module) -> None:
 def frozen(model: Any) -> Any:
     """A model for inference alone."""
     return model.requires_grad_(False).eval()
+
+
+def sums_of(parameters: Iterable[torch.Tensor]) -> Any:
+    """A digest of parameters: of each a few of its values, the sum of all, and that of their squares, in fp64."""
+    sums = []
+    for parameter in parameters:
+        flat = parameter.detach().flatten()
+        sums.append(flat[:: max(1, len(flat) // 64)].double().sum())
+        for part in flat.split(_PART):  # no whole tensor in fp64
+            part = part.double()
+            sums += [part.sum(), part.square().sum()]
+    return hashlib.sha256(torch.stack([s.cpu() for s in sums]).numpy().tobytes())
 
 
 class Reference:
@@ -90,17 +102,14 @@ class Reference:
     def fingerprint(self, policy: Any) -> str:
         """A key of its parameters: of each its name, shape, sum and sum of squares in fp64."""
         model = self.model or policy
-        digest, sums = hashlib.sha256(self.kind.encode()), []
-        for name, parameter in model.named_parameters():
-            if self.kind == "adapter off" and parameter.requires_grad:
-                continue
-            digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            flat = parameter.detach().flatten()
-            sums.append(flat[:: max(1, len(flat) // 64)].double().sum())
-            for part in flat.split(_PART):  # no whole tensor in fp64
-                part = part.double()
-                sums += [part.sum(), part.square().sum()]
-        digest.update(torch.stack([s.cpu() for s in sums]).numpy().tobytes())
+        kept = [
+            (name, p)
+            for name, p in model.named_parameters()
+            if self.kind != "adapter off" or not p.requires_grad
+        ]
+        digest = sums_of([p for _, p in kept])
+        shapes = [f"{name}{tuple(p.shape)}{p.dtype}" for name, p in kept]
+        digest.update("".join([self.kind, *shapes]).encode())
         return digest.hexdigest()
 
     def follow(self, policy: Any, share: float) -> None:

@@ -118,8 +118,8 @@ def generate(
     Raises:
         UserError: a prompt is empty or leaves no room in the model's context (`max_position_embeddings`); names the rows.
     """
-    context = _context(model)
-    _check(prompts, context, copies, batch_size)
+    context = context_of(model)
+    check_prompts(prompts, context, copies, batch_size)
     count = len(prompts) * copies
     uniform = None
     if sampling.temperature > 0:
@@ -156,14 +156,19 @@ def _virtual(model: Any) -> int:
     return max(learned, default=0)
 
 
-def _context(model: Any) -> int | None:
+def context_of(model: Any) -> int | None:
+    """The most tokens of a prompt with its completion; None: any number."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return None if positions is None else positions - _virtual(model)
 
 
-def _check(
+def check_prompts(
     prompts: Sequence[Sequence[int]], context: int | None, copies: int, batch_size: int | None
 ) -> None:
+    """
+    Raises:
+        UserError: as for `generate`.
+    """
     wrong = []
     for row, prompt in enumerate(prompts):
         if not len(prompt):

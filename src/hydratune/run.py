@@ -124,6 +124,7 @@ def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings)
         _can_verify(settings, eval_rows)
         prepared = {"train": train, "eval": evaluation}
         trainer_class.check_rows(args, outline.config, {n: r for n, r in prepared.items() if r is not None})
+        trainer_class.check_services(args, outline.config, peft_config)
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     made = plan.make(
         settings, args=args, tokenizer=tokenizer, outline=outline, recipe=recipe, trainer_class=trainer_class,

@@ -6,6 +6,7 @@ import logging
 
 log = logging.getLogger("hydratune")
 _FAR = 1.0  # KL in nats a token, of a policy that has left its reference
+_APART = 0.1  # nats a token: bf16 kernels differ by a few hundredths
 _FLAT, _FALLEN = (
     0.02,
     0.2,
@@ -25,12 +26,19 @@ class Watch:
         self._said: set[str] = set()
 
     def look(
-        self, step: int, *, equal_rewards: float | None = None, kl: float = 0.0, entropy: float | None = None
+        self,
+        step: int,
+        *,
+        equal_rewards: float | None = None,
+        kl: float = 0.0,
+        entropy: float | None = None,
+        gap: float = 0.0,
     ) -> None:
         """
         Args:
             equal_rewards: the reward that every completion got, if they all got the same.
             kl, entropy: nats a token.
+            gap: between the log-probs of the sampler and of the policy, nats a token.
         """
         if equal_rewards is not None:
             self._say(
@@ -45,6 +53,13 @@ class Watch:
                 "kl",
                 f"the KL from the reference is {kl:.2f} nats a token: the policy has left it, and may be gaming the reward; "
                 f"lower lr, or raise {self.kl_option}",
+            )
+        if gap > _APART:
+            self._say(
+                step,
+                "gap",
+                f"the server's log-probs are {gap:.2f} nats a token off the policy's: it may have other weights, or "
+                "another tokenizer, dtype or quantization; start it anew with the policy's model",
             )
         if entropy is None:
             return

@@ -62,7 +62,11 @@ def trainer(algo: str, folder, *, data=None, evaluation=None, attention="hydratu
     } | OWN[algo]  # fmt: skip
     if algo == "grpo" and "steps_per_generation" not in options:
         options["steps_per_generation"] = 2 * options.get("gradient_accumulation_steps", 1)
-    source = {"model": model} if model is not None else {"recipe": recipe(attention, peft_config=peft_config)}
+    source = (
+        {"model": model, "peft_config": peft_config}
+        if model is not None
+        else {"recipe": recipe(attention, peft_config=peft_config)}
+    )
     given = {"reward_model": reward} if algo == "ppo" else {"reward_funcs": reward}
     if value_model is not None:
         given["value_model"] = value_model

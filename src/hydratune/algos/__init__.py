@@ -10,7 +10,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-_SHARED = {"__init__", "arguments", "base", "judge", "online", "online_config", "online_evaluation", "policy"}
+_SHARED = {
+    "__init__",
+    "arguments",
+    "base",
+    "judge",
+    "online",
+    "online_config",
+    "online_evaluation",
+    "online_sampling",
+    "policy",
+}
 
 
 def names() -> list[str]:

@@ -222,6 +222,17 @@ class BaseTrainer(transformers.Trainer):
             UserError: they do not fit.
         """
 
+    @classmethod
+    def check_services(cls, args: Any, config: Any, adapter: Any) -> None:
+        """Ask other programs that a run needs, before there are weights.
+
+        Args:
+            config: of the model; adapter: the `peft.PeftConfig`, if there is one.
+
+        Raises:
+            UserError: one does not answer, or cannot serve this run.
+        """
+
     def _check_rows(self, args: Any, config: Any, rows: dict[str, Any]) -> None:
         self.check_rows(args, config, rows)
 

@@ -143,8 +143,8 @@ class GRPOTrainer(OnlineTrainer):
 
     @property
     def needs_old_logps(self) -> bool:  # type: ignore[override]
-        """Of a rollout that is used up in one step the policy is what it was sampled from."""
-        return self.args.steps_per_rollout > 1
+        """Of a rollout that is used up in one step the policy is what it was sampled from, which a server may not have."""
+        return self.args.steps_per_rollout > 1 or self.args.vllm_server_base_url is not None
 
     def _keeps(self, number: int) -> bool:
         return self.args.log_completions or super()._keeps(number)

@@ -11,7 +11,6 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,15 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from hydratune.algos.online_config import OnlineConfig
-from hydratune.algos.online_evaluation import EvaluatingTrainer
+from hydratune.algos.online_sampling import SamplingTrainer
 from hydratune.data.pipeline import prepare_prompts
 from hydratune.data.sampling import in_passes
 from hydratune.episodes import Episodes
 from hydratune.errors import UserError, Violation
 from hydratune.packing import layout_for
-from hydratune.reward_models import micro_batches, turn_end
+from hydratune.reward_models import micro_batches
 from hydratune.reward_sources import check_sources
 from hydratune.rewards import Rewards, Scored
-from hydratune.rollout import Sampling, generate
 from hydratune.rowfile import append_rows
 from hydratune.samples import rewarded
 from hydratune.watch import Watch
@@ -40,7 +38,7 @@ _TOKENS_AT_ONCE = 16384  # of a forward pass that scores
 _STATE = "rollout-{}.pt"  # of a checkpoint, one for each process
 
 
-class OnlineTrainer(EvaluatingTrainer):
+class OnlineTrainer(SamplingTrainer):
     """A trainer on completions of its own policy; see `BaseTrainer`.
 
     Args:
@@ -82,6 +80,7 @@ class OnlineTrainer(EvaluatingTrainer):
             token_budget=_TOKENS_AT_ONCE,
             trust_remote_code=args.trust_remote_code,
         )
+        self._set_server()
         self._brings_adapter = self.recipe is None and rest.get("peft_config") is None
         self.rewards.stop_tokens = self.stop_tokens
         if self.needs_reference:
@@ -89,10 +88,6 @@ class OnlineTrainer(EvaluatingTrainer):
         self._max_steps_given = args.max_steps
         self._start_over()
         self.add_callback(_Online(self))
-
-    @property
-    def temperature(self) -> float:  # type: ignore[override]
-        return self.args.temperature
 
     def _start_over(self) -> None:
         """The state before training, by the arguments as they are now."""
@@ -162,6 +157,8 @@ class OnlineTrainer(EvaluatingTrainer):
         made = (
             f"{args.per_rollout:,} completions{of} of up to {args.new_tokens} tokens on each device, {passes}"
         )
+        if args.vllm_server_base_url is not None:
+            made += f", sampled by the vLLM server at {args.vllm_server_base_url}"
         return {"rewards": ", ".join(args.sources) or "correct (the built-in verifier)", "rollout": made}
 
     def get_train_dataloader(self) -> DataLoader:
@@ -193,31 +190,6 @@ class OnlineTrainer(EvaluatingTrainer):
 
     # -- rollouts ------------------------------------------------------------------------------------------------
 
-    @property
-    def sampling(self) -> Sampling:
-        args, tokenizer = self.args, self.processing_class
-        vocabulary = self.model.config.get_text_config().vocab_size
-        return Sampling(
-            max_new_tokens=args.new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            stop_token_ids=self.stop_tokens,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            vocab_size=min(len(tokenizer), vocabulary),
-        )
-
-    @cached_property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """The one stop rule, of generation, masks, scores and penalties: EOS, and what ends a turn of the chat template."""
-        tokenizer = self.processing_class
-        known = getattr(self.model.generation_config, "eos_token_id", None)
-        found = [tokenizer.eos_token_id, *(known if isinstance(known, list | tuple) else [known])]
-        if isinstance(self.train_dataset[0].get("prompt"), list):
-            found += [int(i) for i in turn_end(tokenizer)[:1] if int(i) in tokenizer.added_tokens_decoder]
-        return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < len(tokenizer)))
-
     def _complete(
         self, rows: list[dict[str, Any]], copies: int, seed: tuple[int, ...]
     ) -> tuple[Episodes, list[dict[str, Any]], Scored, Any]:
@@ -230,15 +202,7 @@ class OnlineTrainer(EvaluatingTrainer):
             int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
         )
         prompts = [row["prompt_ids"] for row in rows]
-        with self.accelerator.autocast():
-            made = generate(
-                self.accelerator.unwrap_model(self.model),
-                prompts,
-                self.sampling,
-                copies=copies,
-                batch_size=self.args.local_rollout_forward_batch_size,
-                generator=generator,
-            )
+        made = self._generate(prompts, copies, generator)
         repeated = [row for row in rows for _ in range(copies)]
         arrays = [np.asarray(row["prompt_ids"]) for row in repeated]
         stopped = torch.from_numpy(made.stopped).to(self.args.device)
@@ -261,6 +225,9 @@ class OnlineTrainer(EvaluatingTrainer):
         self.episodes = episodes
         if self.needs_old_logps:
             episodes.tensors["logps"] = self._old_logps(episodes, logps)
+            if self._server is not None and logps is not None:
+                gap = (episodes.tensors["logps"] - episodes.padded(logps)).abs().sum()
+                self.meters["train"].add("completions/logp_gap", gap, episodes.lengths.sum())
         if self.reference is not None:
             episodes.tensors["ref_logps"] = self.scored(episodes, self.tokens_by_reference)
         self.finish(episodes, scored)
@@ -278,15 +245,6 @@ class OnlineTrainer(EvaluatingTrainer):
         meter.least("rewards/lowest", scored.total.min())
         meter.most("rewards/highest", scored.total.max())
         self._keep_some(episodes, scored)
-
-    def _old_logps(self, episodes: Episodes, found: Any) -> torch.Tensor:
-        """log π of the tokens as training computes it: the sampler's own in fp32, else from another forward pass."""
-        exact = (
-            not (self.args.bf16 or self.args.fp16) and next(self.model.parameters()).dtype == torch.float32
-        )
-        if exact and found is not None:
-            return episodes.padded(found)
-        return self.scored(episodes, lambda layout: self.judge(self.model, layout).per_token)
 
     @torch.no_grad()
     def scored(self, episodes: Episodes, score: Any) -> torch.Tensor:
@@ -369,6 +327,7 @@ class OnlineTrainer(EvaluatingTrainer):
             equal_rewards=highest if lowest == highest else None,
             kl=self.kl_of(metrics),
             entropy=metrics.get(self.entropy_metric),
+            gap=metrics.get("completions/logp_gap", 0.0),
         )
         return metrics
 

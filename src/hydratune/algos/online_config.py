@@ -34,6 +34,14 @@ class OnlineConfig(BaseConfig):
     ref_model_init_kwargs: dict[str, Any] | None = option(
         None, "Passed to from_pretrained for a reference that is loaded, e.g. {dtype: bfloat16}."
     )
+    vllm_server_base_url: str | None = option(
+        None, "Sample on this vLLM server, e.g. http://127.0.0.1:8000; null: here, with the policy itself."
+    )
+    vllm_server_folder: str | None = option(
+        None,
+        "Where the server reads the policy's weights, under the same path as here; null: the output directory.",
+    )
+    vllm_server_timeout: float = option(240.0, "Seconds that a request to the server may take.")
     num_sample_generations: int = option(
         10,
         "How often in training four completions are kept with their rewards (generations.jsonl, W&B); 0: never.",

@@ -1,0 +1,221 @@
+"""Completions from a server: what it is asked, the weights it has, and what is told when it fails. The server is a fake."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fake_vllm import FakeVLLM
+from peft import LoraConfig
+from test_online import LORA, recipe, rows, trainer, trajectory
+
+from hydratune import UserError
+from hydratune.errors import TrainingFailed
+from hydratune.models import byte_tokenizer
+from hydratune.vllm_server import VLLMServer
+
+ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("train_entry", ROOT / "train.py")
+entry = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(entry)
+FULL, ADAPTER = ("/collective_rpc",), ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A policy on disk, which the server serves and the trainer loads."""
+    folder = tmp_path_factory.mktemp("policy")
+    recipe().build().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def served(home, tmp_path):
+    """`served(algo, routes=…, **options)`: a server, and a trainer that samples on it."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+
+        def start(algo: str, *, routes=FULL, name=None, **options):
+            fake = FakeVLLM(home, name, routes)
+            url = stack.enter_context(fake.listening())
+            options = {"temperature": 1.0, "vllm_server_base_url": url, "vllm_server_timeout": 1.5} | options
+            return fake, trainer(algo, tmp_path / "out", **{"model": str(home)} | options)
+
+        yield start
+
+
+# ------------------------------------------------------------------ what it is asked, and with which weights
+
+
+@pytest.mark.parametrize("algo,adapter", [("grpo", False), ("grpo", True), ("ppo", False), ("ppo", True)])
+def test_every_rollout_is_of_the_policy_as_it_is(algo, adapter, served, tmp_path):
+    """The server's log-probs are those of the weights that it was sent last, and the policy's own are the same."""
+    fake, run = served(
+        algo, routes=ADAPTER if adapter else FULL, peft_config=LORA if adapter else None, max_steps=12
+    )
+    found = trajectory(run)
+    assert run.rollouts == 3 and len(found["completions/logp_gap"]) == 3
+    assert max(found["completions/logp_gap"]) < 1e-4
+    sent = [path for path, _ in fake.posted if path in ("/collective_rpc", "/v1/load_lora_adapter")]
+    assert len(sent) == 3 and [*fake.adapters] == [run._server.version] * adapter
+    assert not [*(tmp_path / "out").glob("hydratune-*")]
+    if algo == "ppo":
+        assert found["val/ratio"][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_what_a_request_says(served):
+    options = {"top_k": 7, "top_p": 0.9, "min_p": 0.05, "temperature": 0.8, "num_generations": 4}
+    fake, run = served("grpo", max_steps=1, **options)
+    run.train()
+    prompts = [row["prompt_ids"] for row in run.train_dataset]
+    assert len(fake.asked) == 4 and len({body["seed"] for body in fake.asked}) == 4
+    for body in fake.asked:
+        assert body["prompt"] in prompts and body["n"] == 4 and body["max_tokens"] == 12
+        assert (body["temperature"], body["top_k"], body["top_p"], body["min_p"]) == (0.8, 7, 0.9, 0.05)
+        assert body["ignore_eos"] and body["stop_token_ids"] == [*run.stop_tokens] and run.stop_tokens
+        assert body["return_token_ids"] and body["cache_salt"] == run._server.version
+        assert body["repetition_penalty"] == 1 and body["model"] == fake.name
+    # its log-probs are those at temperature 1, so that they are compared with nothing
+    assert not any("completions/logp_gap" in entry for entry in run.state.log_history)
+    episodes = run.episodes
+    assert all(
+        bool(s) == (int(c[-1]) in run.stop_tokens)
+        for s, c in zip(episodes.stopped, episodes.completions, strict=True)
+    )
+
+
+def test_a_rollout_depends_on_seed_and_weights_alone(served, tmp_path):
+    one, other = (served("grpo", max_steps=4)[1] for _ in range(2))
+    one.train()
+    other.train()
+    assert all(
+        (a == b).all() for a, b in zip(one.episodes.completions, other.episodes.completions, strict=True)
+    )
+
+
+def test_weights_are_sent_once(served):
+    """Not again for an evaluation after no step; again after one; and the folder need not be the output's."""
+    fake, run = served("grpo", evaluation=rows(4), max_steps=1)
+    first, second = run.evaluate(), run.evaluate()
+    assert len(fake.posted) == 1 and first["eval_reward"] == second["eval_reward"]
+    run.train()
+    assert len(fake.posted) == 1
+    run.evaluate()
+    assert len(fake.posted) == 2
+
+
+def test_processes_that_send_nothing_know_the_version(home, tmp_path):
+    fake = FakeVLLM(home, routes=FULL)
+    with fake.listening() as url:
+        both = [VLLMServer(url + "/v1/", timeout=5, folder=tmp_path, adapter=False) for _ in range(2)]
+        both[1].follow(fake.model, sends=False)
+        assert both[1].version and not fake.posted
+        both[0].follow(fake.model)
+        assert both[0].version == both[1].version and len(fake.posted) == 1
+
+
+def test_a_server_with_other_weights_is_told(served, caplog):
+    fake, run = served("grpo", max_steps=2)
+    post = fake.post
+    fake.post = lambda path, body: post(path, body) if path == "/v1/completions" else {}  # takes none
+    with torch.no_grad():
+        run.model.model.norm.weight.mul_(3.0)
+    with caplog.at_level("WARNING", "hydratune"):
+        run.train()
+    assert caplog.text.count("the server's log-probs are") == 1
+
+
+# ------------------------------------------------------------------ what is told
+
+
+@pytest.mark.parametrize(
+    "how,told",
+    [
+        ({"vllm_server_base_url": "http://127.0.0.1:9"}, "nothing answers there"),
+        ({"vllm_server_base_url": "127.0.0.1:8000"}, "begin with http://"),
+        ({"name": "someone/else"}, "serves someone/else, and the policy is"),
+        ({"routes": ()}, "takes no weights: it has no /collective_rpc"),
+        ({"routes": FULL, "peft_config": LORA}, "it has no /v1/load_lora_adapter"),
+        ({"model": None}, "the policy has random weights"),
+        (
+            {
+                "peft_config": LoraConfig(
+                    task_type="CAUSAL_LM", r=2, use_dora=True, target_modules="all-linear"
+                )
+            },
+            "plain LoRA adapters, not LORA, use_dora",
+        ),
+    ],
+    ids=[
+        "not there",
+        "no address",
+        "another model",
+        "no route",
+        "no route for adapters",
+        "random weights",
+        "DoRA",
+    ],
+)
+def test_a_server_that_cannot_serve_is_told_before_training(how, told, served):
+    with pytest.raises(UserError, match=told) as raised:
+        served("grpo", **how)
+    assert len(raised.value.violations) == 1
+
+
+@pytest.mark.parametrize(
+    "fault,told",
+    [
+        ("error", "answers 500 .EngineCore encountered an issue"),
+        ("slow", "nothing within 1.5 s .algo.vllm_server_timeout"),
+        ("garbage", "something else than JSON"),
+        ("old", "returns no token ids"),
+        ("few", "returned 1 completions for 4"),
+        ("no stop", "not at the first of the stop tokens"),
+    ],
+)
+def test_a_server_that_fails_ends_the_run_with_one_error(fault, told, served):
+    fake, run = served("grpo", max_steps=4, max_completion_length=60)
+    fake.fault = fault
+    if fault == "no stop":  # so that a stop token comes
+        with torch.no_grad():
+            fake.model.model.norm.weight.zero_()
+            run.model.model.norm.weight.zero_()
+    with pytest.raises(TrainingFailed, match=told):
+        run.train()
+
+
+def test_weights_that_it_cannot_read_are_told(served, tmp_path):
+    fake, run = served("grpo", max_steps=4)
+    fake.routes.discard("/collective_rpc")  # it was started anew, in another way
+    with pytest.raises(
+        TrainingFailed, match="did not take the policy's weights: /collective_rpc answers 404"
+    ):
+        run.train()
+
+
+def test_the_command_line(home, tmp_path, monkeypatch, capsys):
+    """Checked before anything is written, with check=true too; then sampled there; and exit code 3 when it goes away."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("sevens.py").write_text(
+        "def seen(completions, **_):\n    return [c[0]['content'].count('7') + len(c[0]['content']) for c in completions]\n"
+    )
+    fake = FakeVLLM(home, routes=FULL)
+    base = ["algo=grpo", f"model.name_or_path={home}", "data.size=32", "batch_size=8", "algo.max_completion_length=6",
+            "tracking=none", "tracking.samples=2", "output_dir=run", "max_steps=1", "algo.reward_funcs=[sevens.seen]",
+            "trainer.lr_scheduler_type=constant", "lr=1e-3"]  # fmt: skip
+    assert entry.main([*base, "algo.vllm_server_base_url=http://127.0.0.1:9"]) == 2
+    assert "nothing answers there" in capsys.readouterr().err and not Path("run").exists()
+    with fake.listening() as url:
+        assert entry.main([*base, f"algo.vllm_server_base_url={url}", "check=true"]) == 0
+        assert f"sampled by the vLLM server at {url}" in " ".join(capsys.readouterr().out.split())
+        assert entry.main([*base, f"algo.vllm_server_base_url={url}"]) == 0
+        assert fake.asked and len(fake.posted) == 2  # before the step, and after it for the evaluation
+        fake.fault = "error"
+        assert entry.main([*base, "output_dir=failed", f"algo.vllm_server_base_url={url}"]) == 3
+    assert json.loads(Path("failed/summary.json").read_text())["status"] == "failed"
