@@ -20,6 +20,9 @@ def resumed(typed: list[str]) -> list[str]:
 
     The run goes on in its own directory, and so does a sweep, which its study's name stands for as well. A directory
     that holds neither is left to the checks, which say so.
+
+    Raises:
+        UserError: a run is to go on with another algorithm, which would not even know its options.
     """
     given = next((a.partition("=")[2].strip("'\"") for a in typed if a.startswith("resume=")), "")
     run = Path(given).expanduser()
@@ -41,11 +44,27 @@ def resumed(typed: list[str]) -> list[str]:
         return typed
     import yaml
 
+    _require_same_algorithm(run, typed)
     mine = {_key(a) for a in typed}
     before = [o for o in yaml.safe_load(saved.read_text(encoding="utf-8")) or [] if _key(o) not in mine]
     before = [o for o in before if _key(o) not in ("output_dir", "resume", "check")]
     place = [] if "output_dir" in mine else [f"output_dir='{run}'"]
     return [*before, *place, *typed]
+
+
+def _require_same_algorithm(run: Path, typed: list[str]) -> None:
+    import yaml
+
+    from hydratune.errors import UserError, Violation
+
+    config = run / "config.yaml"
+    saved = (yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config.is_file() else {}
+    had = (saved.get("algo") or {}).get("name")
+    for asked in (a.partition("=")[2].strip("'\"") for a in typed if _key(a) in ("algo", "algo.name")):
+        if had and asked != had:
+            why = f"the run in {run} is of algo={had}, and its checkpoints are of no use to another"
+            fix = f"leave it out; or start a new run from what it has learnt: model.name_or_path={run / 'model'}"
+            raise UserError(Violation("algo", asked, why, fix))
 
 
 def _key(override: str) -> str:

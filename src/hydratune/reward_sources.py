@@ -83,11 +83,11 @@ def check_sources(
         except UserError as error:
             wrong.extend(error.violations)
     if weights is not None:
-        wrong.extend(_weight_faults(weights, len(given) or 1, weights_key))
+        wrong.extend(weight_faults(weights, len(given) or 1, weights_key))
     return wrong
 
 
-def _weight_faults(weights: Any, many: int, key: str) -> list[Violation]:
+def weight_faults(weights: Any, many: int, key: str) -> list[Violation]:
     given = list(weights) if isinstance(weights, Sequence) and not isinstance(weights, str) else [weights]
     if any(isinstance(w, bool) or not isinstance(w, numbers.Real) or not math.isfinite(w) for w in given):
         return [Violation(key, str(weights), "are not all finite numbers", "give one number a reward")]

@@ -35,6 +35,7 @@ from hydratune.reward_sources import (
     name_of,
     taken,
     unique,
+    weight_faults,
 )
 
 __all__ = ["Rewards", "Scored", "check_sources", "correct"]
@@ -116,7 +117,8 @@ class Rewards:
         self.same_tokens: list[str] = []
         self._functions: dict[str, Callable[..., Any]] = {}
         self._device, self._tokenizer, self._timeout, self._key = device, policy_tokenizer, timeout, key
-        self._weights = self._tensor([1.0] * len(given) if weights is None else [*weights])
+        self._weights_key = weights_key
+        self.weigh(weights)
         self._scorers: dict[str, Any] = {}
         for name, source, tokenizer in zip(self.names, given, own, strict=True):
             if is_model(source) or (isinstance(source, str) and not is_path_of_function(source)):
@@ -184,6 +186,17 @@ class Rewards:
         self._require_one(table, batch)
         total = (table.nan_to_num(nan=0.0) * self._weights[:, None]).sum(0)
         return Scored(total, each)
+
+    def weigh(self, weights: Sequence[float] | None) -> None:
+        """Add rewards up by these weights from now on; None: 1 each.
+
+        Raises:
+            UserError: they are not one finite number a reward, or all 0.
+        """
+        wrong = [] if weights is None else weight_faults(weights, len(self.names), self._weights_key)
+        if wrong:
+            raise UserError(wrong)
+        self._weights = self._tensor([1.0] * len(self.names) if weights is None else [*weights])
 
     def _tensor(self, values: list[float]) -> torch.Tensor:
         import torch

@@ -53,6 +53,8 @@ def test_a_run_is_whole_and_resumes_in_the_midst_of_a_rollout(algo, peft, tmp_pa
         "generations.jsonl",
         "wandb",
     } <= present
+    other_algo = {"ppo": "grpo", "grpo": "sft"}[algo]
+    assert f"is of algo={algo}" in train(f"resume={parts}", f"algo={other_algo}", cwd=tmp_path, code=2).stderr
     name = {"ppo": "objective/scores", "grpo": "reward"}[algo]
     one, other = (
         [(e["step"], e["loss"], e.get(name, 0.0)) for e in events(out) if "loss" in e]

@@ -67,7 +67,7 @@ def trainer(algo: str, folder, *, data=None, evaluation=None, attention="hydratu
         if model is not None
         else {"recipe": recipe(attention, peft_config=peft_config)}
     )
-    given = {"reward_model": reward} if algo == "ppo" else {"reward_funcs": reward}
+    given = {"reward_model" if algo == "ppo" and not isinstance(reward, list) else "reward_funcs": reward}
     if value_model is not None:
         given["value_model"] = value_model
     return trainer_class(

@@ -214,3 +214,76 @@ def test_a_tokenizer_without_pad_pads_with_what_ends(tmp_path):
     tokenizer.pad_token = None
     found = trajectory(trainer("ppo", tmp_path, tokenizer=tokenizer, max_steps=2))
     assert np.isfinite(found["loss"]).all()
+
+
+# ------------------------------------------------------------------ prediction, several evaluation sets, searches, resuming
+
+
+def test_predictions_are_completions(tmp_path):
+    run = trainer("grpo", tmp_path, max_steps=1)
+    raw = rows(5)
+    found = run.predict(raw)
+    assert found.predictions.shape[0] == 5 and found.predictions.shape[1] <= 12
+    ends = [len(row) - (row == -100).sum() for row in found.predictions]
+    assert found.metrics["test_length"] == pytest.approx(np.mean(ends))
+    texts = [
+        run.processing_class.decode(row[:n], skip_special_tokens=True)
+        for row, n in zip(found.predictions, ends, strict=True)
+    ]
+    assert found.metrics["test_reward"] == pytest.approx(np.mean(digits(texts)))
+
+
+@pytest.mark.parametrize("options", [{"load_best_model_at_end": True}, {"save_strategy": "best"}])
+def test_the_best_of_several_evaluation_sets_is_by_their_mean_reward(options, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2} | options
+    sets = {"few": rows(4), "more": rows(12)}
+    run = trainer("grpo", tmp_path, evaluation=sets, max_steps=4, learning_rate=2e-2, **options)
+    run.train()
+    means = {e["step"]: e["eval_reward"] for e in run.state.log_history if "eval_reward" in e}
+    assert len(means) == 2 and run.state.best_metric == max(means.values())
+    found = run.evaluate()
+    expected = (4 * found["eval_few_reward"] + 12 * found["eval_more_reward"]) / 16
+    assert found["eval_reward"] == pytest.approx(expected)
+
+
+def test_a_trial_has_its_own_weights_of_rewards_and_its_own_stop(tmp_path):
+    """What is made of options once must be made again when a trial changes them."""
+    run = trainer("ppo", tmp_path, reward=[digits, constant], evaluation=rows(4), max_steps=1)
+    seen = []
+    finish = run.finish
+
+    def look(episodes, scored):
+        made = sum(w * each for w, each in zip(run.args.reward_weights, scored.each.values(), strict=True))
+        seen.append(bool(torch.allclose(scored.total, made)))
+        ends = [
+            int(c[-1]) for c, stopped in zip(episodes.completions, episodes.stopped, strict=True) if stopped
+        ]
+        seen.append(all(end == run.args.stop_token_id for end in ends))
+        seen.append(run.rewards.stop_tokens == (run.args.stop_token_id,))
+        return finish(episodes, scored)
+
+    run.finish = look
+    weights, stops = iter([[1.0, 0.0], [0.5, 2.0]]), iter([65, 66])
+    run.hyperparameter_search(
+        hp_space=lambda trial: {"reward_weights": next(weights), "stop_token_id": next(stops)},
+        n_trials=2, backend="optuna",
+    )  # fmt: skip
+    assert len(seen) == 6 and all(seen)
+    run.args.reward_weights = [1.0]
+    with pytest.raises(UserError, match="1 weights for 2 rewards"):
+        run.train()
+
+
+def test_prepared_rows_need_their_prompts(tmp_path):
+    skip = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    with pytest.raises(UserError, match=r"train_dataset: skip_prepare_dataset .* have no prompt_ids"):
+        trainer("grpo", tmp_path, **skip)
+    ready = Dataset.from_list([{"prompt_ids": [1, 2, 3]}] * 8)
+    trainer("grpo", tmp_path, data=ready, max_steps=1, **skip).train()
+
+
+@pytest.mark.parametrize("before,now", [("grpo", "ppo"), ("ppo", "grpo")])
+def test_another_algorithms_checkpoint_is_refused(before, now, tmp_path):
+    trainer(before, tmp_path / "a", save_strategy="steps", save_steps=1, max_steps=1).train()
+    with pytest.raises(UserError, match=f"is a checkpoint of {before}, which {now} cannot go on from"):
+        trainer(now, tmp_path / "b").train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))

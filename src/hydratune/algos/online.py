@@ -82,7 +82,6 @@ class OnlineTrainer(SamplingTrainer):
         )
         self._set_server()
         self._brings_adapter = self.recipe is None and rest.get("peft_config") is None
-        self.rewards.stop_tokens = self.stop_tokens
         if self.needs_reference:
             self._set_reference(ref_model)
         self._max_steps_given = args.max_steps
@@ -94,6 +93,8 @@ class OnlineTrainer(SamplingTrainer):
         args = self.args
         args.max_steps = self._max_steps_given
         args.max_steps = self.steps_of(args, len(self.train_dataset), args.world_size)
+        self.rewards.stop_tokens = self.stop_tokens
+        self.rewards.weigh(args.reward_weights)
         self.episodes: Episodes | None = None
         self.rollouts = 0  # that were made
         self.used = 0  # update steps of the last one
@@ -352,6 +353,7 @@ class OnlineTrainer(SamplingTrainer):
         """What a checkpoint keeps besides weights and optimizer."""
         whole = self.episodes is None or self.used >= self.args.steps_per_rollout
         return {
+            "algo": self.algo,
             "rollouts": self.rollouts,
             "used": self.used,
             "episode": self.episode,
@@ -391,13 +393,18 @@ class OnlineTrainer(SamplingTrainer):
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = Path(resume_from_checkpoint) / _STATE.format(self.args.process_index)
         if not saved.is_file():
             why = f"holds no {saved.name}, the state of this process's rollouts"
             fix = "resume with as many processes as before, and a checkpoint of this algorithm"
             raise UserError(Violation("resume", resume_from_checkpoint, why, fix))
-        self.load_state_of_rollouts(torch.load(saved, map_location="cpu", weights_only=True))
+        state = torch.load(saved, map_location="cpu", weights_only=True)
+        if state["algo"] != self.algo:
+            why = f"is a checkpoint of {state['algo']}, which {self.algo} cannot go on from"
+            fix = f"resume with {state['algo']}, or start from its weights as the model"
+            raise UserError(Violation("resume", resume_from_checkpoint, why, fix))
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.load_state_of_rollouts(state)
 
 
 class _Online(TrainerCallback):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -32,6 +34,24 @@ class EvaluatingTrainer(JudgingTrainer):
             )[0]
         return DataLoader(rows, self.args.eval_batch_size, collate_fn=list)
 
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As `transformers.Trainer.evaluate`; of several data sets also the mean reward over all their rows."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        parts = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(parts, dict):
+            rewards = [
+                (metrics[f"{metric_key_prefix}_{name}_reward"], len(part)) for name, part in parts.items()
+            ]
+            mean = sum(reward * rows for reward, rows in rewards) / sum(rows for _, rows in rewards)
+            metrics[f"{metric_key_prefix}_reward"] = mean
+            self.log({f"{metric_key_prefix}_reward": mean})
+        return metrics
+
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -42,6 +62,7 @@ class EvaluatingTrainer(JudgingTrainer):
     ) -> EvalLoopOutput:
         """One completion of each prompt, sampled as in training with numbers that are the same every time.
 
+        Predictions, where they are asked for: token ids of the completions, [N, T], -100 behind their end.
         Metrics: reward, rewards/<name>, length, stopped; kl (nats a token) where there is a reference;
         verified_accuracy of rows with an answer.
         """
@@ -60,11 +81,13 @@ class EvaluatingTrainer(JudgingTrainer):
             weights = known.double() if weights is None else weights.double()
             sums[name] += torch.stack((values.nan_to_num(nan=0.0).double().sum(), weights.sum()))
 
+        made: list[np.ndarray] = []
         with self._not_training():
             if own:
                 episodes, repeated, scored, logps = self._complete(
                     own, 1, (self.args.seed, 0, self.args.process_index)
                 )
+                made = episodes.completions
                 add("reward", scored.total)
                 for name, values in scored.each.items():
                     add(f"rewards/{name}", values)
@@ -86,7 +109,19 @@ class EvaluatingTrainer(JudgingTrainer):
             for name, (total, count) in zip(names, table, strict=True)
             if count
         }
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(rows))  # type: ignore[arg-type]
+        predictions = None if prediction_loss_only else self._in_order(made, len(rows))  # type: ignore[arg-type]
+        return EvalLoopOutput(predictions=predictions, label_ids=None, metrics=metrics, num_samples=len(rows))
+
+    def _in_order(self, own: list[np.ndarray], rows: int) -> np.ndarray:
+        """Completions of all rows, of which this process has every world_size-th."""
+        start, step = self.args.process_index, self.args.world_size
+        numbered = [*zip(range(start, rows, step), own, strict=True)]
+        if step > 1:
+            numbered = gather_object(numbered)
+        table = np.full((rows, max(len(ids) for _, ids in numbered)), -100, dtype=np.int64)
+        for row, ids in numbered:
+            table[row, : len(ids)] = ids
+        return table
 
     def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, n_trials: int = 20,
                               direction: Any = None, *args: Any, **kwargs: Any) -> Any:  # fmt: skip

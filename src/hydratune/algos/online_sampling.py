@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ class SamplingTrainer(EvaluatingTrainer):
             vocab_size=min(len(tokenizer), vocabulary),
         )
 
-    @cached_property
+    @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The one stop rule, of generation, masks, scores and penalties: EOS, and what ends a turn of the chat template."""
         tokenizer = self.processing_class

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -225,7 +224,7 @@ class PPOTrainer(OnlineTrainer):
             return super().steps_of(args, rows, world_size)
         return math.ceil(args.total_episodes / (args.per_rollout * world_size)) * args.steps_per_rollout
 
-    @cached_property
+    @property
     def stop_tokens(self) -> tuple[int, ...]:
         if self.args.stop_token_id is not None:
             return (self.args.stop_token_id,)

@@ -157,11 +157,15 @@ def prepare_prompts(
     Raises:
         UserError: rows of a wrong shape, a stream, or nothing left to ask.
     """
-    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        return dataset, DataReport()
     if not isinstance(dataset, datasets.Dataset):
         why = "is a stream, and prompts are drawn from all rows"
         raise UserError(Violation(where, None, why, "give a data set (data.streaming=false)"))
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        if "prompt_ids" not in dataset.column_names:
+            why = f"skip_prepare_dataset takes rows as they are, and these have no prompt_ids ({', '.join(dataset.column_names)})"
+            fix = "give the token ids of each prompt as prompt_ids, or leave skip_prepare_dataset out"
+            raise UserError(Violation(where, None, why, fix))
+        return dataset, DataReport()
     rows = format_rows(
         dataset, settings or DataSettings(), where=where, formatting_func=formatting_func, goal="prompts"
     )
