@@ -11,6 +11,7 @@ from typing import Any
 
 from hydratune.checks import Findings, Problem, collect, packs
 from hydratune.errors import Violation, nearest
+from hydratune.options import config_class, options_of
 from hydratune.settings import RunSettings
 
 
@@ -139,7 +140,9 @@ def _embeddings_hold_the_vocabulary(
 
 def _positions_reach(outline: Any, peft: Any, tokenizer: Any, settings: RunSettings) -> Iterator[Problem]:
     most = getattr(outline.config.get_text_config(), "max_position_embeddings", None)
-    length = settings.algo_options.get("max_length", 1024)
+    declared = config_class(f"hydratune.algos.{settings.algo}", "BaseConfig")
+    own = options_of(declared).get("max_length") if declared else None
+    length = settings.algo_options.get("max_length", own.default if own else None)
     if most and length and length > most:
         yield f"algo.max_length={length} is longer than the {most} positions that the model was made for"
 

@@ -4,13 +4,18 @@ Counted per token and layer, in values: 4 f of the gated MLP, 2 h_kv of keys and
 attention output and residual (h hidden, f intermediate size). That is the count of Korthikanti et al. (arXiv:2205.05198,
 eq. 1) without the scores, which sdpa and flash attention do not keep, for a gated MLP and grouped keys. Under autocast the
 products are 2 bytes wide, the norms stay 4, and each weight has a cast copy.
+
+An online run rolls out before it trains, when there are no gradients and no activations, so that the larger of the two
+counts: sampling (keys and values, logits), or scoring (one layer's values of a forward pass without gradients).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
+from hydratune.columns import ROOM
 from hydratune.fused_head import chunk_rows
 
 _ADAM_STATES = {
@@ -21,6 +26,44 @@ _ADAM_STATES = {
     "sgd": 0,
 }  # bytes a parameter
 _HEADROOM = 0.9  # of a device's memory: the rest is the driver's and fragmentation
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model beside the policy; sizes in values, width of a weight in bytes."""
+
+    parameters: int
+    hidden: int
+    intermediate: int
+    kv: int
+    layers: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """How completions are sampled and scored on a device.
+
+    Attributes:
+        completions: of a rollout, or of an evaluation that has more.
+        at_once: of them sampled, and scored, in one batch.
+        new: tokens of the longest completion; new_option: what says so.
+        most: tokens of a forward pass that scores.
+        scores: the policy or its reference reads them once more, for log-probs.
+        sorts: sampling sorts the logits (top-p).
+        elsewhere: a server samples.
+        copies: completions that have a prompt in common and are trained on as one sequence, where a batch holds all.
+    """
+
+    completions: int
+    at_once: int
+    new: int
+    new_option: str
+    most: int
+    scores: bool = True
+    sorts: bool = False
+    elsewhere: bool = False
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,28 +90,36 @@ class Load:
     quantization: str | None = None
     sequences: int = 1  # that a row has in the forward pass with gradients
     reference: bool = False  # a frozen copy of all weights beside the trained ones
-    critic: bool = False  # a value model like the policy, trained with it
+    critic: Shape | None = None  # a value model, trained with the policy and like it
+    judges: tuple[Shape, ...] = ()  # reward models
+    rollout: Rollout | None = None  # of an online run; `length` is then that of a prompt with its completion
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Peak memory by part, in bytes; weights with those of a reference."""
+    """Peak memory by part, in bytes; weights with those of reference, value and reward models.
+
+    `rollout` is there before gradients, activations and head are, and counts in their place where it is larger.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     head: int
+    rollout: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+        step = self.gradients + self.activations + self.head
+        return self.weights + self.optimizer + max(step, self.rollout)
 
     def lines(self) -> list[str]:
-        return [
-            *(f"{name} {size(value)}" for name, value in asdict(self).items()),
-            f"total {size(self.total)}",
-        ]
+        parts = ("weights", "optimizer", "gradients", "activations", "head")
+        made = [f"{name} {size(getattr(self, name))}" for name in parts]
+        if self.rollout:
+            made.append(f"in a rollout instead of the last three {size(self.rollout)}")
+        return [*made, f"total {size(self.total)}"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +135,29 @@ def size(number: float) -> str:
     return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
+def shape_of(model: Any, width: int, *, head: bool = True) -> Shape:
+    """The shape of a model, of which its outline will do.
+
+    Args:
+        width: bytes of a weight.
+        head: count its LM head, if that is not its embedding too.
+    """
+    config = model.config.get_text_config()
+    parameters = sum(p.numel() for p in model.parameters())
+    if not head and not config.tie_word_embeddings and model.get_output_embeddings() is not None:
+        parameters -= config.vocab_size * config.hidden_size
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Shape(
+        parameters=parameters,
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        kv=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
+        layers=config.num_hidden_layers,
+        width=width,
+    )
+
+
 def load_of(
     model: Any,
     args: Any,
@@ -94,7 +168,9 @@ def load_of(
     quantization: str | None = None,
     sequences: int = 1,
     reference: bool = False,
-    critic: bool = False,
+    critic: Shape | None = None,
+    judges: tuple[Shape, ...] = (),
+    rollout: Rollout | None = None,
 ) -> Load:
     """The load of a model (its outline will do, wrapped in its adapter) under training arguments.
 
@@ -105,18 +181,16 @@ def load_of(
     config = model.config.get_text_config()
     trained = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
-    parameters = sum(p.numel() for p in model.parameters())
-    heads, head = config.num_attention_heads, model.get_output_embeddings()
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    own, head = shape_of(model, width), model.get_output_embeddings()
     return Load(
-        parameters=parameters,
+        parameters=own.parameters,
         trained=count,
-        trained_width=width if count == parameters else 4,  # adapters are kept in fp32
+        trained_width=width if count == own.parameters else 4,  # adapters are kept in fp32
         width=width,
-        hidden=config.hidden_size,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        kv=(getattr(config, "num_key_value_heads", None) or heads) * head_size,
-        layers=config.num_hidden_layers,
+        hidden=own.hidden,
+        intermediate=own.intermediate,
+        kv=own.kv,
+        layers=own.layers,
         vocabulary=config.vocab_size if head is not None else 0,
         head_trained=head is not None and head.weight.requires_grad,
         batch=args.per_device_train_batch_size,
@@ -130,75 +204,166 @@ def load_of(
         sequences=sequences,
         reference=reference,
         critic=critic,
+        judges=judges,
+        rollout=rollout,
     )
 
 
 def estimate(load: Load) -> MemoryEstimate:
-    """Peak memory of a training step."""
+    """Peak memory of a training step, or of the rollout before it."""
     base_width = {"4bit": 0.55, "8bit": 1.05}.get(load.quantization or "", load.width)  # scales included
-    frozen = load.parameters - load.trained
-    models = 2 if load.critic else 1
-    weights = models * (frozen * base_width + load.trained * load.trained_width)
+    states = _ADAM_STATES.get(load.optimizer, 2 * load.trained_width)
+    weights = (load.parameters - load.trained) * base_width + load.trained * load.trained_width
+    gradients, optimizer = load.trained * load.trained_width, load.trained * states
     if load.reference:
         weights += load.parameters * load.width
-    tokens = load.batch * load.sequences * load.length
+    weights += sum(judge.parameters * judge.width for judge in load.judges)
     low = load.autocast or load.width == 2
     product = 2 if low else 4
-    layer = product * (4 * load.intermediate + 2 * load.kv) + (26 if low else 32) * load.hidden
-    kept = load.layers * load.hidden * load.width + layer  # each layer's input, and one layer recomputed
-    per_token = kept if load.checkpointing else load.layers * layer
-    casts = 2 * load.parameters if load.autocast and load.width == 4 else 0
-    import torch
-
-    device = torch.device("cuda" if load.device == "cuda" else "cpu")
-    rows = chunk_rows(tokens, load.vocabulary, device) if load.vocabulary else 0
-    head = 2 * 4 * rows * load.vocabulary + 2 * tokens * load.hidden * product
+    tokens = _trained_tokens(load)
+    activations = _activations(load, load, tokens)
+    beside = 0  # of the value model, whose forward pass comes when the policy's logits are gone
+    if load.critic is not None:
+        # with an adapter it has one like the policy's, on a frozen base
+        trained = load.critic.parameters if load.trained == load.parameters else load.trained
+        weights += (load.critic.parameters - trained) * load.critic.width + trained * load.trained_width
+        gradients += trained * load.trained_width
+        optimizer += trained * states
+        beside = _activations(load, load.critic, tokens)
+        activations += beside
+    projected = tokens if load.rollout is None else load.batch * load.rollout.new
+    # logits, their slopes, and what the entropy of a rollout's tokens takes
+    logits = (2 if load.rollout is None else 3) * _chunk(load, projected)
+    head = max(0, logits - beside) + 2 * projected * load.hidden * product
     head += 4 * load.vocabulary * load.hidden if load.head_trained else 0
-    states = _ADAM_STATES.get(load.optimizer, 2 * load.trained_width)
     return MemoryEstimate(
         weights=round(weights),
-        gradients=models * load.trained * load.trained_width,
-        optimizer=models * load.trained * states,
-        activations=models * (tokens * per_token + casts),
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
         head=head,
+        rollout=0
+        if load.rollout is None
+        else max(_sampling(load, load.rollout), _scoring(load, load.rollout)),
     )
 
 
+def _trained_tokens(load: Load) -> int:
+    """Of a forward pass with gradients."""
+    rollout = load.rollout
+    if rollout is None or rollout.copies == 1 or load.batch % rollout.copies:
+        return load.batch * load.sequences * load.length
+    prompts = load.batch // rollout.copies * (load.length - rollout.new)
+    return prompts + load.batch * rollout.new
+
+
+def _activations(load: Load, shape: Load | Shape, tokens: int) -> int:
+    """What a forward pass keeps for its backward pass."""
+    low = load.autocast or shape.width == 2
+    layer = (2 if low else 4) * (4 * shape.intermediate + 2 * shape.kv) + (26 if low else 32) * shape.hidden
+    kept = shape.layers * shape.hidden * shape.width + layer  # each layer's input, and one layer recomputed
+    casts = 2 * shape.parameters if load.autocast and shape.width == 4 else 0
+    return tokens * (kept if load.checkpointing else shape.layers * layer) + casts
+
+
+def _chunk(load: Load, rows: int) -> int:
+    """Bytes of the fp32 logits of the rows that are projected at a time."""
+    import torch
+
+    device = torch.device("cuda" if load.device == "cuda" else "cpu")
+    return 4 * load.vocabulary * chunk_rows(rows, load.vocabulary, device) if load.vocabulary else 0
+
+
+def _passing(load: Load, shape: Load | Shape, *, adapter: bool = False) -> int:
+    """Bytes a token of one layer in a forward pass without gradients: gate, up, their product, and four states."""
+    product = 2 if load.autocast or shape.width == 2 else 4
+    wide = 4 if adapter else 3  # an adapter's share is added to what it adapts
+    return product * (wide * shape.intermediate + 4 * shape.hidden)
+
+
+def _sampling(load: Load, rollout: Rollout) -> int:
+    """The larger of reading the prompts and of the last steps."""
+    if rollout.elsewhere:
+        return 0
+    product = 2 if load.autocast or load.width == 2 else 4
+    many, prompt = min(rollout.at_once, rollout.completions), load.length - rollout.new
+    column = load.layers * 2 * load.kv * product  # keys and values of a token
+    prompts = many * prompt  # read once for all completions of a prompt, but an evaluation has one of each
+    adapter = load.trained < load.parameters
+    reading = prompts * (column + _passing(load, load, adapter=adapter))
+    laid_out = prompts * column + many * (prompt + min(rollout.new, ROOM)) * column
+    # logits as they come and in fp32, over the temperature, as weights; sorted and summed up in fp64
+    logits = many * load.vocabulary * (product + 12 + 16 * rollout.sorts)
+    growing = many * (load.length + ROOM) * column // load.layers  # of one layer, made anew
+    casts = 2 * load.vocabulary * load.hidden if load.autocast and load.width == 4 else 0
+    stepping = many * (load.length + ROOM // 2) * column + max(logits, growing) + casts
+    return max(reading, laid_out, stepping)
+
+
+def _scoring(load: Load, rollout: Rollout) -> int:
+    """The largest forward pass without gradients: of the policy or its reference, of the value or a reward model."""
+    product = 2 if load.autocast or load.width == 2 else 4
+    tokens = min(rollout.most, min(rollout.at_once, rollout.completions) * load.length)
+    rows = tokens * rollout.new // load.length
+    logits = min(4 * load.vocabulary * rows, 2 * _chunk(load, rows))  # of a chunk, and of the one before
+    head = logits + (tokens + rows) * load.hidden * product
+    judged = min(rollout.most, rollout.completions * load.length)
+    adapter = load.trained < load.parameters
+    own: list[Load | Shape] = [load] if rollout.scores else []
+    own += [load.critic] if load.critic is not None else []
+    passes = [head * rollout.scores, *(tokens * _passing(load, shape, adapter=adapter) for shape in own)]
+    return max([*passes, *(judged * _passing(load, judge) for judge in load.judges)])
+
+
 def smallest_changes(load: Load, available: int) -> list[Change]:
-    """Single changes, and at last all of them, that make the run fit; the least intrusive first."""
-    tries: list[tuple[str, Load]] = []
+    """Single changes, or else all of them together, that make the run fit; the least intrusive first."""
+    singles: list[tuple[str, Load]] = []
     if not load.checkpointing:
-        tries.append(("trainer.gradient_checkpointing=true", replace(load, checkpointing=True)))
+        singles.append(("trainer.gradient_checkpointing=true", replace(load, checkpointing=True)))
+    if load.rollout is not None:
+        at_once = min(load.rollout.at_once, load.rollout.completions)
+        while at_once > 1:
+            at_once = ceil(at_once / 2)
+            fewer = replace(load, rollout=replace(load.rollout, at_once=at_once))
+            singles.append((f"algo.local_rollout_forward_batch_size={at_once}", fewer))
+            if fits(estimate(fewer), available):
+                break
     batch = load.batch
     while batch % 2 == 0:
         batch //= 2
         smaller = replace(load, batch=batch, accumulation=load.accumulation * load.batch // batch)
-        tries.append((f"batch_size={batch} accumulation={smaller.accumulation}", smaller))
+        singles.append((f"batch_size={batch} accumulation={smaller.accumulation}", smaller))
     full = load.trained == load.parameters
-    if load.reference:
-        tries.append(("algo.precompute_ref_log_probs=true", replace(load, reference=False)))
+    if load.reference and load.rollout is None:
+        singles.append(("algo.precompute_ref_log_probs=true", replace(load, reference=False)))
     if full and load.device == "cuda":
-        tries.append(("trainer.optim=adamw_bnb_8bit", replace(load, optimizer="adamw_bnb_8bit")))
+        singles.append(("trainer.optim=adamw_bnb_8bit", replace(load, optimizer="adamw_bnb_8bit")))
     adapter = replace(
         load, trained=load.parameters // 100, trained_width=4, head_trained=False, reference=False
     )
     if full:
-        tries.append(("peft=lora", adapter))
-        least = replace(adapter, batch=1, accumulation=load.batch * load.accumulation, checkpointing=True)
-        tries.append(
-            (
-                f"peft=lora trainer.gradient_checkpointing=true batch_size=1 accumulation={least.accumulation}",
-                least,
-            )
+        singles.append(("peft=lora", adapter))
+    if load.rollout is not None and (half := load.rollout.new // 2) >= 16:
+        shorter = replace(
+            load, length=load.length - half, rollout=replace(load.rollout, new=load.rollout.new - half)
         )
-    else:
-        least = replace(load, batch=1, accumulation=load.batch * load.accumulation, checkpointing=True)
-        tries.append(
-            (f"trainer.gradient_checkpointing=true batch_size=1 accumulation={least.accumulation}", least)
-        )
-    fitting = [Change(text, made) for text, changed in tries if fits(made := estimate(changed), available)]
-    single = [c for c in fitting if " trainer." not in c.overrides and "true batch" not in c.overrides]
-    return single[:4] or fitting[:1]
+        singles.append((f"{load.rollout.new_option}={load.rollout.new - half}", shorter))
+    least = replace(
+        adapter if full else load, batch=1, accumulation=load.batch * load.accumulation, checkpointing=True
+    )
+    typed = ["peft=lora"] if full else []
+    typed += ["trainer.gradient_checkpointing=true", f"batch_size=1 accumulation={least.accumulation}"]
+    if load.rollout is not None:
+        least = replace(least, rollout=replace(load.rollout, at_once=1))
+        typed.append("algo.local_rollout_forward_batch_size=1")
+    together = [(" ".join(typed), least)]
+    for tries in (singles, together):
+        fitting = [
+            Change(text, made) for text, changed in tries if fits(made := estimate(changed), available)
+        ]
+        if fitting:
+            return fitting[:4]
+    return []
 
 
 def fits(made: MemoryEstimate, available: int) -> bool:

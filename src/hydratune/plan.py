@@ -85,7 +85,7 @@ def make(
         outline, args, width=recipe.dtype.itemsize, length=length, device=device.kind,
         quantization=settings.model.quantization, sequences=trainer_class.sequences_per_row,
         reference=trainer_class.reference_kind(args, recipe.peft_config is not None) == "a frozen copy",
-        critic=trainer_class.has_critic,
+        **trainer_class.also_in_memory(args, outline, recipe, reports["eval"].rows if "eval" in reports else 0),
     )  # fmt: skip
     checkpointing = (
         args.auto_checkpointing

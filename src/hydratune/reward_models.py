@@ -123,9 +123,7 @@ class RewardModel:
             raise self._unreadable(source, error) from error
         if adapter.task_type != "SEQ_CLS":
             raise UserError(no_head(self._key, source, f"its adapter is of the kind {adapter.task_type}"))
-        base, beside = adapter.base_model_name_or_path or "", home.parent / "base"
-        if not Path(base).is_dir() and beside.is_dir():
-            base = str(beside)  # the run directory was moved
+        base = _base_of(home)
         try:
             config = AutoConfig.from_pretrained(base, trust_remote_code=self._trust, num_labels=1)
         except (OSError, ValueError) as error:
@@ -281,6 +279,39 @@ class RewardModel:
         with ScoreHead(self.model, layout) as head:
             self.model(**inputs, use_cache=False)
         return head.scores.float()
+
+
+def reward_outline(source: str, trust_remote_code: bool = False) -> tuple[Any, int]:
+    """A model with a score head without memory (meta device), and the bytes of a saved weight.
+
+    Args:
+        source: directory (of an adapter or a run too), or hub id.
+
+    Raises:
+        UserError: its config cannot be read, or is not that of such a model.
+    """
+    home = model_home(Path(source).expanduser())
+    name = str(home or source)
+    try:
+        if home is not None and (home / "adapter_config.json").is_file():
+            name = _base_of(home)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, num_labels=1)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError, TypeError) as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(Violation("algo", source, f"cannot be read ({said})", ACCEPTED)) from error
+    return model, (config.dtype or torch.float32).itemsize
+
+
+def _base_of(home: Path) -> str:
+    """Where the base of an adapter lies."""
+    from peft import PeftConfig
+
+    base, beside = PeftConfig.from_pretrained(str(home)).base_model_name_or_path or "", home.parent / "base"
+    return str(beside) if not Path(base).is_dir() and beside.is_dir() else base  # the run directory was moved
 
 
 def turn_end(tokenizer: Any) -> np.ndarray:

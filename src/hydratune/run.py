@@ -302,9 +302,11 @@ def _train(settings: RunSettings, job: Job, clock: PhaseClock) -> float | list[f
             f"stopped at once; the last checkpoint, if any, is in {out / 'checkpoints'}"
         ) from None
     except _out_of_memory() as error:
+        samples = job.plan.estimate.rollout > 0
+        less = "algo.local_rollout_forward_batch_size" if samples else "algo.max_length"
         raise OutOfMemory(
             f"out of memory ({str(error).splitlines()[0]}): try trainer.gradient_checkpointing=true, a smaller batch_size "
-            "with more trainer.gradient_accumulation_steps, a smaller algo.max_length, or peft=lora"
+            f"with more trainer.gradient_accumulation_steps, a smaller {less}, or peft=lora"
         ) from error
     finally:
         progress.close()

@@ -226,6 +226,9 @@ def test_model_sizes():
     assert [w for w in findings.warnings if "4096" in w] and [
         w for w in findings.warnings if "peft.r=64" in w
     ]
+    for algo in ("sft", "grpo"):  # which has no max_length
+        findings = checks_model.check_model(outline(), None, byte_tokenizer(), replace(settings(), algo=algo))
+        assert bool(findings.warnings) == (algo == "sft")
     small = ModelRecipe(architecture=TINY | {"vocab_size": 100}).outline()
     (violation,) = checks_model.check_model(small, None, byte_tokenizer(), settings()).errors
     assert violation.key == "model.tokenizer"

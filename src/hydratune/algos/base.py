@@ -57,7 +57,6 @@ class BaseTrainer(transformers.Trainer):
     goal: str = "tokens"  # what its rows are: `data.format.format_rows`
     columns: tuple[str, ...] = ()  # of prepared rows, as the collator takes them
     sequences_per_row: int = 1  # that a row has in the forward pass with gradients
-    has_critic: bool = False  # a value model like the policy
     _facts: dict[str, bool] = {}  # noqa: RUF012  of `checks_algo.Case`
     generates: bool = True  # whether its samples are completions of its own
 
@@ -235,6 +234,16 @@ class BaseTrainer(transformers.Trainer):
 
     def _check_rows(self, args: Any, config: Any, rows: dict[str, Any]) -> None:
         self.check_rows(args, config, rows)
+
+    @classmethod
+    def also_in_memory(cls, args: Any, outline: Any, recipe: Any, evaluated: int) -> dict[str, Any]:
+        """What a run holds besides its policy and a reference, as arguments of `memory.load_of`.
+
+        Args:
+            outline: of the policy; recipe: of it.
+            evaluated: evaluation rows.
+        """
+        return {}
 
     @classmethod
     def facts(cls, args: Any) -> dict[str, str]:

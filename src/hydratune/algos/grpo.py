@@ -58,6 +58,8 @@ class GRPOConfig(OnlineConfig):
     mask_truncated_completions: bool = option(False, "Leave completions that were cut out of the loss.")
     log_completions: bool = option(False, "Keep completions of every rollout.")
 
+    new_tokens_option = "algo.max_completion_length"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.scale_rewards, bool):

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from hydratune import attention, memory
 from hydratune.algos.online_config import OnlineConfig
 from hydratune.algos.online_sampling import SamplingTrainer
 from hydratune.data.pipeline import prepare_prompts
@@ -26,8 +27,8 @@ from hydratune.data.sampling import in_passes
 from hydratune.episodes import Episodes
 from hydratune.errors import UserError, Violation
 from hydratune.packing import layout_for
-from hydratune.reward_models import micro_batches
-from hydratune.reward_sources import check_sources
+from hydratune.reward_models import micro_batches, reward_outline
+from hydratune.reward_sources import check_sources, is_path_of_function
 from hydratune.rewards import Rewards, Scored
 from hydratune.rowfile import append_rows
 from hydratune.samples import rewarded
@@ -146,6 +147,23 @@ class OnlineTrainer(SamplingTrainer):
             return args.max_steps
         prompts = args.per_rollout // args.copies * world_size
         return math.ceil(rows * args.num_train_epochs / prompts) * args.steps_per_rollout
+
+    @classmethod
+    def also_in_memory(cls, args: Any, outline: Any, recipe: Any, evaluated: int) -> dict[str, Any]:
+        named = [s for s in args.sources if not is_path_of_function(s)]
+        judges = [memory.shape_of(*reward_outline(s, args.trust_remote_code)) for s in named]
+        rollout = memory.Rollout(
+            completions=max(args.per_rollout, evaluated),
+            at_once=args.local_rollout_forward_batch_size,
+            new=args.new_tokens,
+            new_option=args.new_tokens_option,
+            most=_TOKENS_AT_ONCE,
+            scores=cls.reference_kind(args, False) is not None or args.steps_per_rollout > 1,
+            sorts=args.top_p < 1,
+            elsewhere=args.vllm_server_base_url is not None,
+            copies=args.copies if recipe.attn_implementation == attention.NAME else 1,
+        )
+        return {"judges": tuple(judges), "rollout": rollout}
 
     @classmethod
     def facts(cls, args: Any) -> dict[str, str]:

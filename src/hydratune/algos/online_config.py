@@ -47,6 +47,8 @@ class OnlineConfig(BaseConfig):
         "How often in training four completions are kept with their rewards (generations.jsonl, W&B); 0: never.",
     )
 
+    new_tokens_option = ""  # that `new_tokens` comes from
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.reward_funcs, str):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel, TrainerCallback
 
+from hydratune import memory
 from hydratune import value_model as values_of
 from hydratune.algos.online import OnlineTrainer
 from hydratune.algos.online_config import OnlineConfig
@@ -22,6 +23,7 @@ from hydratune.episodes import Episodes
 from hydratune.errors import UserError, Violation
 from hydratune.models import ModelRecipe
 from hydratune.reference import without_dropout
+from hydratune.reward_models import reward_outline
 from hydratune.rewards import Scored
 from hydratune.rl_losses import (
     AdaptiveKL,
@@ -88,6 +90,8 @@ class PPOConfig(OnlineConfig):
     lam: float = option(0.95, "λ of generalised advantage estimation.")
     whiten_rewards: bool = option(False, "Scale rewards to unit variance first.")
 
+    new_tokens_option = "algo.response_length"
+
     @property
     def sources(self) -> list[Any]:
         return [*([] if self.reward_model is None else [self.reward_model]), *super().sources]
@@ -119,7 +123,6 @@ class PPOTrainer(OnlineTrainer):
 
     algo = "ppo"
     config_class = PPOConfig
-    has_critic = True
     entropy_metric = "policy/entropy_avg"
 
     def __init__(
@@ -217,6 +220,17 @@ class PPOTrainer(OnlineTrainer):
     @classmethod
     def reference_kind(cls, args: Any, adapter: bool) -> str | None:
         return "the policy with its adapter off" if adapter else "a frozen copy"
+
+    @classmethod
+    def also_in_memory(cls, args: Any, outline: Any, recipe: Any, evaluated: int) -> dict[str, Any]:
+        held = super().also_in_memory(args, outline, recipe, evaluated)
+        width = 4 if args.bf16 or args.fp16 else recipe.dtype.itemsize
+        if source := args.value_model or args.reward_model:
+            model, _ = reward_outline(source, args.trust_remote_code)
+            critic = memory.shape_of(model, width)
+        else:  # of the policy's weights, quantised if they are
+            critic = memory.shape_of(outline, 1 if recipe.quantization_config else width, head=False)
+        return {**held, "critic": critic}
 
     @classmethod
     def steps_of(cls, args: Any, rows: int, world_size: int) -> int:
