@@ -412,3 +412,21 @@ def test_fixed_partners_have_other_prompts_whenever_they_can():
         most = max(prompts.count(p) for p in prompts)
         if 2 * most <= len(prompts):
             assert all(prompts[i] != prompts[j] for i, j in enumerate(found))
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_margin_that_comes_late_in_a_stream_is_not_lost(declared):
+    """A stream's columns are those of its first rows; a margin after them is an error that names its row."""
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    rows = [pair | ({"margin": None} if declared else {})] * 120 + [pair | {"margin": 0.5}] * 3
+    whole = (
+        Dataset.from_list(rows).to_iterable_dataset()
+        if declared
+        else IterableDataset.from_generator(lambda: iter(rows))
+    )
+    made, _ = prepared(whole)
+    with pytest.raises(UserError, match=r"row 121, column margin: has one, and the first rows have none"):
+        list(made)
+    zero = [row | {"margin": row.get("margin") or 0.0} for row in rows]
+    made, _ = prepared(Dataset.from_list(zero).to_iterable_dataset())
+    assert [row["margin"] for row in made] == [0.0] * 120 + [0.5] * 3

@@ -37,7 +37,7 @@ from hydratune.data.tokenize_preference import PreferenceOptions, tokenize_prefe
 from hydratune.errors import TrainingFailed, UserError
 from hydratune.models import ModelRecipe, byte_tokenizer
 from hydratune.reward_models import micro_batches, same_tokens, turn_end
-from hydratune.rewards import check_sources
+from hydratune.rewards import Rewards, check_sources
 
 # ------------------------------------------------------------------ reward models
 
@@ -81,6 +81,28 @@ def test_a_model_reads_what_reward_models_are_trained_on(rows, own):
     assert [np.concatenate(parts).tolist() for parts in read] == [
         row["prompt_ids"] + row["chosen_ids"] for row in trained
     ]
+
+
+@pytest.mark.parametrize("tail", ["", "\n", "\n\n"])
+def test_what_a_template_writes_after_an_answer_is_read_too(tail):
+    """Reward models learn their score at the last token of their template, whether or not that is the end of the turn."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}TAIL{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    ).replace("TAIL", tail)
+    encode = lambda text: np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    rows, eos = chat_rows(), tokenizer.eos_token
+    prompts = [encode(f"[user] {q}{eos}{tail}[assistant] ") for q in QUESTIONS]
+    answers = [encode(a + eos) for a in ANSWERS]
+    model = tree()
+    scored = Rewards([model], policy_tokenizer=tokenizer, device="cpu")(rows, prompts, answers)
+    whole = [
+        tokenizer.apply_chat_template([*row["prompt"], {"role": "assistant", "content": a}], tokenize=False)
+        for row, a in zip(rows, ANSWERS, strict=True)
+    ]
+    assert all(text.endswith(eos + tail) for text in whole)
+    assert torch.allclose(scored.total, alone(model, [encode(text) for text in whole]), atol=1e-5)
 
 
 def test_a_cut_answer_is_read_as_it_is():

@@ -156,6 +156,10 @@ def _batch(
         missing = [i for i, value in enumerate(batch.get(name) or [None] * len(indices)) if value is None]
         fix = "give 0 where there is none" if name == "margin" else "give it in every row, or in none"
         faults += [RowFault(i, name, "is empty, and other rows have one", fix) for i in missing]
+    if "margin" not in expected:  # of a stream, whose columns are those of its first rows
+        late = [i for i, value in enumerate(batch.get("margin") or []) if value is not None]
+        fix = "give it from the first row on, 0 where there is none"
+        faults += [RowFault(i, "margin", "has one, and the first rows have none", fix) for i in late]
     if faults:
         raise shorten(
             [
