@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import entry, events, train
 
-ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("train_entry", ROOT / "train.py")
-entry = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(entry)
 SMALL = ["data.size=96", "batch_size=8", "lr=1e-3", "trainer.logging_steps=1", "trainer.save_steps=3", "tracking.samples=2",
          "trainer.lr_scheduler_type=constant"]  # fmt: skip
 SHORT = {
     "ppo": ["algo.response_length=10", "algo.num_ppo_epochs=2"],
     "grpo": ["algo.max_completion_length=10"],
 }
-
-
-def train(*overrides: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "train.py"), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=cwd)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def events(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("algo,peft", [("ppo", "none"), ("grpo", "lora")])

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import events, train
 
-ROOT = Path(__file__).parents[2]
 ROWS = {
     "reward": "preference/kto_mix_pairs.jsonl",
     "dpo": "preference/dpo_en.jsonl",
@@ -20,18 +20,6 @@ METRICS = {
     "dpo": {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"},
     "kto": {"kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/rejected", "entropy"},
 }
-
-
-def train(*overrides: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "train.py"), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=cwd)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("algo", ["reward", "dpo", "kto"])
@@ -58,11 +46,11 @@ def test_a_run_on_real_rows_is_whole_and_resumes(algo, peft, shared_data, tmp_pa
         "samples.jsonl",
         "wandb",
     } <= present
-    logged = [e for e in metrics(whole) if "loss" in e]
+    logged = [e for e in events(whole) if "loss" in e]
     assert [e["step"] for e in logged] == [1, 2, 3, 4, 5, 6]
     assert METRICS[algo] <= {k for e in logged for k in e}
-    assert {f"eval_{m}" for m in METRICS[algo]} <= {k for e in metrics(whole) for k in e}
-    again = {e["step"]: e["loss"] for e in metrics(parts) if "loss" in e}
+    assert {f"eval_{m}" for m in METRICS[algo]} <= {k for e in events(whole) for k in e}
+    again = {e["step"]: e["loss"] for e in events(parts) if "loss" in e}
     assert [again[e["step"]] for e in logged] == pytest.approx([e["loss"] for e in logged], abs=1e-5)
     samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 2 and ("score_chosen" if algo == "reward" else "completion") in samples[0]

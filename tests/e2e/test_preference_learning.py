@@ -3,22 +3,16 @@ more answers after DPO, and after KTO, on the built-in rows."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from commands import events, train
 
 
 def accuracy(out: Path, *overrides: str) -> float:
     """Of 256 held-out rows, the share whose completion was verified at the end of the run."""
     line = ["data.size=4096", "data.eval_fraction=0.1", "batch_size=32", "tracking=none", f"output_dir={out}"]
-    command = [sys.executable, str(ROOT / "train.py"), *line, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    entries = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
-    (found,) = [e["verified_accuracy"] for e in entries if "verified_accuracy" in e]
+    train(*line, *overrides, timeout=900)
+    (found,) = [e["verified_accuracy"] for e in events(out) if "verified_accuracy" in e]
     return found
 
 

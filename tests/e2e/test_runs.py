@@ -12,27 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, command, events, train
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).parents[2]
 QUICK = ["data.size=64", "max_steps=6", "batch_size=8", "tracking.samples=2", "tracking.sample_tokens=8"]
 
 
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *overrides]
-
-
-def train(*overrides: str, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*overrides), capture_output=True, text=True, timeout=500, cwd=cwd or ROOT)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
 def losses(folder: Path, key: str = "loss") -> dict[int, float]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return {e["step"]: e[key] for e in map(json.loads, lines) if key in e}
+    return {e["step"]: e[key] for e in events(folder) if key in e}
 
 
 def test_the_default_leaves_a_whole_run_directory(tmp_path):

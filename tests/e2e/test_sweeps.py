@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import signal
@@ -14,14 +13,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import ROOT, command, entry
+from commands import train as run
 
 from hydratune.sweep.executors import ForkExecutor
 from hydratune.sweep.job import Command, pack
 
-ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("train_entry", ROOT / "train.py")
-train = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train)
 TINY = [
     "data.size=64",
     "batch_size=8",
@@ -30,17 +27,6 @@ TINY = [
     "model.architecture.num_hidden_layers=1",
 ]
 QUICK = [*TINY, "max_steps=4"]
-
-
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *overrides]
-
-
-def run(*overrides: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*overrides), capture_output=True, text=True, timeout=500, cwd=cwd)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
 
 
 def study(folder: Path) -> dict:
@@ -355,7 +341,7 @@ def test_the_wandb_sweep_file_names_what_can_be_set():
         given = yaml.safe_load(path.read_text())
         assert given["command"][:2] == ["python", "train.py"] and given["command"][-1] == "${args_no_hyphens}"
         first = [f"{key}={(p.get('values') or [p.get('min')])[0]}" for key, p in given["parameters"].items()]
-        assert train.main([*given["command"][2:-1], *first, "--cfg", "job"]) == 0
+        assert entry.main([*given["command"][2:-1], *first, "--cfg", "job"]) == 0
 
 
 def test_the_warm_process_holds_data_and_weights_and_is_fit_to_be_forked(tmp_path, monkeypatch):
@@ -370,7 +356,7 @@ def test_the_warm_process_holds_data_and_weights_and_is_fit_to_be_forked(tmp_pat
 
 
 def test_help_lists_the_kept_searches(capsys):
-    assert train.main(["--help"]) == 0
+    assert entry.main(["--help"]) == 0
     assert "sft_lora" in capsys.readouterr().out
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,11 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-_spec = importlib.util.spec_from_file_location("train_entry", ROOT / "train.py")
-train = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train)
+from commands import ROOT, entry
 
 # command, what the message must hold: the key, and the way out
 WRONG = [
@@ -149,7 +144,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("command", "key", "way_out"), WRONG, ids=[w[0] for w in WRONG])
 def test_wrong_command(command, key, way_out, tmp_path, capsys):
-    assert train.main([*command.split(" "), *([] if "output_dir" in command else ["output_dir=run"])]) == 2
+    assert entry.main([*command.split(" "), *([] if "output_dir" in command else ["output_dir=run"])]) == 2
     out, err = capsys.readouterr()
     assert err.count("error: ") == 1 and err.startswith("error: 1 problem")
     assert key in err and way_out in err
@@ -171,13 +166,13 @@ def test_an_accuracy_that_nothing_verifies(answer, samples, said, tmp_path, caps
         f"tracking.samples={samples}",
         "output_dir=run",
     ]
-    assert train.main(command) == 2
+    assert entry.main(command) == 2
     err = capsys.readouterr().err
     assert said in err and "objective=eval_loss" in err and not (tmp_path / "run").exists()
 
 
 def test_everything_wrong_is_said_at_once(capsys, tmp_path):
-    assert train.main(["peft=lorra", "lrr=1", "lr==", "trainer.max_steps=abc", "+algo.pakcing=1"]) == 2
+    assert entry.main(["peft=lorra", "lrr=1", "lr==", "trainer.max_steps=abc", "+algo.pakcing=1"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: 5 problems")
     assert all(k in err for k in ("'lora'", "'lr'", "lr==", "trainer.max_steps", "'packing'"))
@@ -188,7 +183,7 @@ def test_everything_wrong_is_said_at_once(capsys, tmp_path):
 def test_a_traceback_on_request(switch, capsys, monkeypatch):
     if switch == "environment":
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    assert train.main(["lr=abc", *(["debug=true"] if switch == "argument" else [])]) == 2
+    assert entry.main(["lr=abc", *(["debug=true"] if switch == "argument" else [])]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and "give a number" in err
 
@@ -208,7 +203,7 @@ def test_wrong_data_found_later_leaves_nothing(monkeypatch, tmp_path, capsys):
     _fails_in_the_run(
         monkeypatch, UserError(Violation("data.path", "x.jsonl", "row 3 has no messages", "remove it"))
     )
-    assert train.main([]) == 2
+    assert entry.main([]) == 2
     assert capsys.readouterr().err.count("row 3 has no messages") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -218,7 +213,7 @@ def test_a_directory_that_was_there_stays(monkeypatch, tmp_path):
 
     (tmp_path / "run").mkdir()
     _fails_in_the_run(monkeypatch, UserError(Violation("data", None, "is wrong", "mend it")))
-    assert train.main(["output_dir=run"]) == 2
+    assert entry.main(["output_dir=run"]) == 2
     assert (tmp_path / "run").is_dir()
 
 
@@ -226,9 +221,9 @@ def test_exit_codes(monkeypatch, capsys):
     from hydratune.errors import Interrupted, TrainingFailed
 
     _fails_in_the_run(monkeypatch, TrainingFailed("the loss is NaN: lower lr"))
-    assert train.main([]) == 3
+    assert entry.main([]) == 3
     _fails_in_the_run(monkeypatch, Interrupted("resume with …"))
-    assert train.main([]) == 130
+    assert entry.main([]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -247,7 +242,7 @@ def test_a_plain_multirun_of_hydras_own_runs_each_value(monkeypatch, tmp_path):
         "trainer.weight_decay=0.1",
         "output_dir=study",
     ]
-    assert train.main(line) == 0
+    assert entry.main(line) == 0
     assert [s.peft["r"] for s in seen] == [4, 8]
     assert [Path(s.output_dir).name for s in seen] == ["0", "1"]
     assert all(s.algo_options["weight_decay"] == 0.1 for s in seen)
@@ -259,12 +254,12 @@ def test_a_run_gets_its_directory_and_command(monkeypatch, tmp_path):
 
     seen = []
     monkeypatch.setitem(sys.modules, "hydratune.run", types.SimpleNamespace(run=seen.append))
-    assert train.main(["run_name=my run", "trainer.weight_decay=0.1"]) == 0
+    assert entry.main(["run_name=my run", "trainer.weight_decay=0.1"]) == 0
     directory = Path(seen[0].output_dir)
     assert directory.parent.parent == tmp_path / "outputs" and directory.name.endswith("-my run")
     assert (directory / ".hydra" / "config.yaml").is_file() and not list(directory.glob("*.log"))
     assert seen[0].command == "python train.py 'run_name=my run' trainer.weight_decay=0.1"
-    assert train.main(["check=true", "output_dir=plan"]) == 0
+    assert entry.main(["check=true", "output_dir=plan"]) == 0
     assert not (tmp_path / "plan").exists()
 
 

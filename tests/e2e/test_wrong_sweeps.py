@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("train_entry", ROOT / "train.py")
-train = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train)
+from commands import entry
 
 WRONG = {
     "an interval without an end": (["-m", "lr=interval(1e-5,1e-3)"], "sweep.n_trials"),
@@ -77,7 +70,7 @@ WRONG = {
 @pytest.mark.parametrize("line, expected", WRONG.values(), ids=WRONG)
 def test_a_wrong_sweep_is_one_clear_error(line, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert train.main(line) == 2
+    assert entry.main(line) == 2
     said = capsys.readouterr().err
     assert expected in said and "Traceback" not in said and "→" in said
     assert said.count("error: ") == 1
@@ -86,7 +79,7 @@ def test_a_wrong_sweep_is_one_clear_error(line, expected, tmp_path, monkeypatch,
 
 def test_check_prints_the_plan_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert train.main(["-m", "lr=1e-3,2e-3", "peft=none,lora", "check=true"]) == 0
+    assert entry.main(["-m", "lr=1e-3,2e-3", "peft=none,lora", "check=true"]) == 0
     said = capsys.readouterr().err
     assert "trials" in said and " 4" in said and "choice: none, lora" in said
     assert not list(tmp_path.iterdir())

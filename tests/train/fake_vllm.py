@@ -125,8 +125,11 @@ class FakeVLLM:
                     except Exception as error:
                         self.answer(500, {"error": {"message": str(error), "type": "Error"}})
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128  # as many connections as come at once
+
+        server = Server(("127.0.0.1", 0), Handler)
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         try:

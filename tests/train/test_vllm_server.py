@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from commands import entry
 from fake_vllm import FakeVLLM
 from peft import LoraConfig
 from test_online import LORA, recipe, rows, trainer, trajectory
@@ -17,10 +17,6 @@ from hydratune.errors import TrainingFailed
 from hydratune.models import byte_tokenizer
 from hydratune.vllm_server import VLLMServer
 
-ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("train_entry", ROOT / "train.py")
-entry = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(entry)
 FULL, ADAPTER = ("/collective_rpc",), ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 

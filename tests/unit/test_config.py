@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
+from commands import ROOT, entry
 from hydra import compose, initialize_config_dir
 
 from hydratune.config import SHORTCUTS, parse
 from hydratune.errors import UserError
 from hydratune.options import adapter_types, config_class, convert, options_of
 
-ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
-_spec = importlib.util.spec_from_file_location("train_entry", ROOT / "train.py")
-train = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train)
 ENTRIES = sorted(f"{p.parent.name}={p.stem}" for p in CONF.glob("*/*.yaml"))
 
 
 def settings(*overrides, conf=CONF):
-    overrides = train.rewrite(list(overrides))
-    train._register_resolvers({})
+    overrides = entry.rewrite(list(overrides))
+    entry._register_resolvers({})
     with initialize_config_dir(config_dir=str(conf), version_base="1.3"):
         cfg = compose("train", overrides=overrides, return_hydra_config=True)
     return parse(cfg, choices=dict(cfg.hydra.runtime.choices), overrides=overrides, conf=conf)
