@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -37,7 +36,7 @@ class FakeVLLM:
         self.asked: list[dict] = []
         self.posted: list[tuple[str, dict]] = []
         self.fault = ""
-        self.lock = threading.Lock()
+        self.lock, self.closing = threading.Lock(), threading.Event()
 
     def models(self) -> list[dict]:
         base = {"id": self.name, "object": "model", "root": self.name, "parent": None, "max_model_len": 200}
@@ -65,7 +64,7 @@ class FakeVLLM:
         if self.fault == "error":
             raise ValueError("EngineCore encountered an issue")
         if self.fault == "slow":
-            time.sleep(3)
+            self.closing.wait(3)
         if self.fault == "garbage":
             return "<html>welcome</html>"
         model = self.model if body["model"] == self.name else self.adapters[body["model"]]
@@ -126,7 +125,7 @@ class FakeVLLM:
                         self.answer(500, {"error": {"message": str(error), "type": "Error"}})
 
         class Server(ThreadingHTTPServer):
-            daemon_threads = True
+            daemon_threads = False  # closing waits for them
             request_queue_size = 128  # as many connections as come at once
 
         server = Server(("127.0.0.1", 0), Handler)
@@ -135,6 +134,7 @@ class FakeVLLM:
         try:
             yield f"http://127.0.0.1:{server.server_port}"
         finally:
+            self.closing.set()
             server.shutdown()
             server.server_close()
             thread.join()
