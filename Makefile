@@ -11,7 +11,7 @@ help:
 	@echo "make train [ARGS=\"algo=sft peft=lora\"]   set up and train"
 	@echo "make test  [ARGS=\"-k packing\"]           set up and run the tests"
 	@echo "make check                               lint, format, types"
-	@echo "make bench                               benchmarks against TRL"
+	@echo "make bench                               benchmarks against TRL and transformers"
 
 # torch alone first: its pinned version is then there when the other packages ask for any torch
 $(VENV)/.base: pyproject.toml requirements.lock
@@ -40,6 +40,8 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python bench/sft.py
 	for algo in reward dpo kto; do $(BIN)/python bench/preference.py $$algo || exit 1; done
+	$(BIN)/python bench/rl.py ppo grpo --rounds 2
+	$(BIN)/python bench/generation.py --rounds 2 --sequences 32 --new-tokens 32
 
 clean:
 	rm -rf $(VENV)

@@ -18,12 +18,12 @@ from settings import Settings
 from transformers import PrinterCallback
 
 from hydratune import GRPOConfig, GRPOTrainer, PPOConfig, PPOTrainer
-from hydratune.algos import online
+from hydratune.algos import online_sampling
 
 
 def watch(generation: Generation) -> None:
     """Have our rollout tell `generation` of its time and widths."""
-    inner = online.generate
+    inner = online_sampling.generate
 
     def generate(*args, **kwargs):
         with generation.timed():
@@ -31,7 +31,7 @@ def watch(generation: Generation) -> None:
         generation.widths.append(max(map(len, made.ids)))
         return made
 
-    online.generate = generate
+    online_sampling.generate = generate
 
 
 def prompts(settings: Settings, tokenizer) -> Dataset:
