@@ -94,7 +94,6 @@ class OnlineTrainer(SamplingTrainer):
         args = self.args
         args.max_steps = self._max_steps_given
         args.max_steps = self.steps_of(args, len(self.train_dataset), args.world_size)
-        self.rewards.stop_tokens = self.stop_tokens
         self.rewards.weigh(args.reward_weights)
         self.episodes: Episodes | None = None
         self.rollouts = 0  # that were made
@@ -226,6 +225,7 @@ class OnlineTrainer(SamplingTrainer):
         arrays = [np.asarray(row["prompt_ids"]) for row in repeated]
         stopped = torch.from_numpy(made.stopped).to(self.args.device)
         episodes = Episodes(arrays, made.ids, stopped)
+        self.rewards.stop_tokens = self.stop_tokens  # a trial may have another
         scored = self.rewards(repeated, arrays, made.ids, trainer_state=self.state)
         return episodes, repeated, scored, made.logps
 
