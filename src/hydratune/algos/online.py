@@ -27,12 +27,12 @@ from hydratune.data.sampling import in_passes
 from hydratune.episodes import Episodes
 from hydratune.errors import UserError, Violation
 from hydratune.packing import layout_for
-from hydratune.reward_models import micro_batches, turn_end
+from hydratune.reward_models import micro_batches
 from hydratune.reward_sources import check_sources
 from hydratune.rewards import Rewards, Scored
 from hydratune.rollout import Sampling, generate
 from hydratune.rowfile import append_rows
-from hydratune.samples import rewarded
+from hydratune.samples import rewarded, stop_tokens
 from hydratune.watch import Watch
 
 log = logging.getLogger("hydratune")
@@ -211,12 +211,8 @@ class OnlineTrainer(EvaluatingTrainer):
     @cached_property
     def stop_tokens(self) -> tuple[int, ...]:
         """The one stop rule, of generation, masks, scores and penalties: EOS, and what ends a turn of the chat template."""
-        tokenizer = self.processing_class
-        known = getattr(self.model.generation_config, "eos_token_id", None)
-        found = [tokenizer.eos_token_id, *(known if isinstance(known, list | tuple) else [known])]
-        if isinstance(self.train_dataset[0].get("prompt"), list):
-            found += [int(i) for i in turn_end(tokenizer)[:1] if int(i) in tokenizer.added_tokens_decoder]
-        return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < len(tokenizer)))
+        conversation = isinstance(self.train_dataset[0].get("prompt"), list)
+        return stop_tokens(self.model, self.processing_class, conversation=conversation)
 
     def _complete(
         self, rows: list[dict[str, Any]], copies: int, seed: tuple[int, ...]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,23 +12,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from hydratune.commands.common import clear
 from hydratune.errors import UserError, Violation, nearest
 
 app = typer.Typer(no_args_is_help=True, help="Studies: their state, their best trial, their dashboard.")
 HOME = Path("outputs/sweeps")
 StudyName = Annotated[str, typer.Argument(help="A study's folder, or its name under outputs/sweeps.")]
-
-
-def _clear(command: Callable[..., None]) -> Callable[..., None]:
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
-
-    return wrapped
 
 
 def find(study: str) -> Path:
@@ -52,7 +39,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 @app.command()
-@_clear
+@clear
 def status(
     study: Annotated[
         str | None, typer.Argument(help="A study's folder or name; none: list them all.")
@@ -113,7 +100,7 @@ def _best_line(facts: dict[str, Any]) -> str:
 
 
 @app.command()
-@_clear
+@clear
 def best(study: StudyName) -> None:
     """The command that runs the best trial again, or those of the Pareto front."""
     folder = find(study)
@@ -130,7 +117,7 @@ def best(study: StudyName) -> None:
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-@_clear
+@clear
 def rerun(
     context: typer.Context,
     study: StudyName,
@@ -148,7 +135,7 @@ def rerun(
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-@_clear
+@clear
 def resume(context: typer.Context, study: StudyName) -> None:
     """Go on with a study; what follows is added to its command, e.g. sweep.n_trials=60."""
     folder = find(study)
@@ -163,7 +150,7 @@ def resume(context: typer.Context, study: StudyName) -> None:
 
 
 @app.command()
-@_clear
+@clear
 def dashboard(
     study: StudyName,
     port: Annotated[int, typer.Option(help="Of the page.")] = 8080,
