@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hydratune.commands import chat, compare, generate, runs
+from hydratune.commands import chat, compare, doctor, evaluate, export, generate, runs
 from hydratune.sweep.commands import app as sweep
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode="markdown")
@@ -19,4 +19,8 @@ app.command()(runs.runs)
 app.command()(compare.compare)
 app.command()(chat.chat)
 app.command()(generate.generate)
+app.command("eval")(evaluate.evaluate)
+app.command()(export.export)
+app.command()(export.merge)
+app.command()(doctor.doctor)
 app.add_typer(sweep, name="sweep")

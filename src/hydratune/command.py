@@ -91,6 +91,21 @@ def rewrite(overrides: list[str]) -> list[str]:
     return result
 
 
+def settings_of(overrides: list[str]) -> Any:
+    """The `RunSettings` that `python train.py OVERRIDES` would have.
+
+    Raises:
+        UserError: they cannot be composed, or hold a value that is wrong.
+    """
+    from hydra import compose, initialize_config_dir
+
+    from hydratune.config import parse
+
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=rewrite(overrides), return_hydra_config=True)
+    return parse(cfg, choices=dict(cfg.hydra.runtime.choices), overrides=overrides, conf=CONF)
+
+
 _OTHER_ROWS = {"data", "data.source", "data.name", "data.subset", "data.path", "data.split"}
 
 
@@ -108,7 +123,7 @@ def read_run(run: Path, overrides: list[str]) -> tuple[Any, bool]:
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
-    from hydratune.config import key_of, parse
+    from hydratune.config import SECTIONS, SHORTCUTS, key_of, misspelt_top_level, parse
     from hydratune.errors import UserError, Violation
 
     file = run / "config.yaml"
@@ -119,9 +134,17 @@ def read_run(run: Path, overrides: list[str]) -> tuple[Any, bool]:
         why = "is not there, or cannot be read"
         raise UserError(Violation("config.yaml", str(file), why, "give a run directory")) from None
     keys = {key_of(o) for o in overrides}
-    if wrong := sorted(k for k in keys if k.partition(".")[0] != "data"):
-        why = "is the run's own, only its data can be changed here"
-        raise UserError(Violation(key, None, why, "leave it out, or train a run with it") for key in wrong)
+    if others := sorted(k for k in keys if k.partition(".")[0] != "data"):
+        own, fix = (
+            "is the run's own, only its data can be changed here",
+            "leave it out, or train a run with it",
+        )
+        raise UserError(
+            Violation(key, None, own, fix)
+            if key.partition(".")[0] in (*SECTIONS, *SHORTCUTS)
+            else Violation(key, None, "there is no such key", misspelt_top_level(key))
+            for key in others
+        )
     if keys:
         own = {} if "data" in keys else config.get("data") or {}
         if keys & {"data.path", "data.name"}:  # which say where rows come from

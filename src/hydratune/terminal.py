@@ -33,17 +33,17 @@ def room(console: Console) -> int:
 
 def facts(console: Console, rows: Iterable[tuple[str, str | Text]]) -> None:
     """Names with their values, which may have several lines."""
-    rows = [(name, value if isinstance(value, Text) else Text(value)) for name, value in rows]
+    made = [(name, value if isinstance(value, Text) else Text(value)) for name, value in rows]
     if console.is_terminal:
         table = Table(show_header=False, box=None, padding=(0, _GAP, 0, 0))
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
-        for name, value in rows:
+        for name, value in made:
             table.add_row(name, value)
         console.print(table)
         return
-    width = max((cell_len(name) for name, _ in rows), default=0)
-    for name, value in rows:
+    width = max((cell_len(name) for name, _ in made), default=0)
+    for name, value in made:
         for line in value.plain.split("\n"):
             say(console, f"{name}{' ' * (width - cell_len(name) + _GAP)}{line}".rstrip())
             name = ""

@@ -90,7 +90,8 @@ class Trained:
             return
         if self._base is None:
             dtype = next(self.model.parameters()).dtype
-            self._base = _load_whole(self.base_name, dtype, self.place).to(self.model.device).eval()
+            base = load_whole(self.base_name, dtype, trust_remote_code=_trusts(self.place))
+            self._base = base.to(self.model.device).eval()
         yield self._base
 
     def tuned(self) -> Any:
@@ -131,22 +132,35 @@ def load(place: Place, *, device: str | None = None) -> Trained:
     attention.register()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = place.run.config if place.run else {}
-    trust = bool(config.get("model.trust_remote_code"))
+    trust = _trusts(place)
     if place.adapter:
-        kind, how = config.get("model.quantization"), {}
+        kind: Any = config.get("model.quantization")
+        how: dict[str, Any] = {}
         if kind is not None and device == "cuda":
             how["quantization_config"] = adapters.quantization(kind, torch.bfloat16)
         model = adapters.load_adapter(place.folder, trust_remote_code=trust, **how)
     else:
-        model = _load_whole(str(place.folder), None, place)
+        model = load_whole(str(place.folder), trust_remote_code=trust)
     tokenizer = load_tokenizer(str(place.folder), trust_remote_code=trust)
     return Trained(place, model if getattr(model, "is_quantized", False) else model.to(device), tokenizer)
 
 
-def _load_whole(name: str, dtype: Any, place: Place) -> Any:
+def _trusts(place: Place) -> bool:
+    return bool(place.run and place.run.config.get("model.trust_remote_code"))
+
+
+def load_whole(name: str, dtype: Any = None, *, trust_remote_code: bool = False) -> Any:
+    """A model with the head that its config names: one score, or next tokens.
+
+    Args:
+        dtype: None: as saved.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    trust = bool(place.run and place.run.config.get("model.trust_remote_code"))
+    trust = trust_remote_code
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
         scores = any("SequenceClassification" in kind for kind in config.architectures or ())

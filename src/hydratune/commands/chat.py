@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from typing import Annotated, Any
 
@@ -123,15 +123,15 @@ class Talk:
             if messages and messages[-1]["role"] == "user":
                 messages.pop()
 
-    def ask(self, question: str) -> Iterator[list[str]]:
+    def ask(self, question: str) -> Generator[list[str], None, None]:
         """The answers as far as they have come, after each token.
 
         A closed or interrupted one is remembered as far as it came.
         """
         for messages in self._messages.values():
             messages.append({"role": "user", "content": question})
-        answers = {name: "" for name in self._names}
-        streams = {}
+        answers = dict.fromkeys(self._names, "")
+        streams: dict[str, Generator[str, None, None]] = {}
         for name in self._names:
             with self._of(name) as model:
                 streams[name] = self._stream(name, model)
@@ -155,7 +155,7 @@ class Talk:
     def _of(self, name: str) -> Any:
         return self._trained.base() if name == "base" else self._trained.tuned()
 
-    def _stream(self, name: str, model: Any) -> Iterator[str]:
+    def _stream(self, name: str, model: Any) -> Generator[str, None, None]:
         """The answer after each token; of the base, only to be asked for the next while the adapter is off."""
         from hydratune.rollout import stream
         from hydratune.samples import Completer, encode_prompt
@@ -179,7 +179,7 @@ def _print(names: list[str], answers: Iterator[list[str]]) -> None:
         print(f"{name}: {text}" if len(names) > 1 else text, flush=True)
 
 
-def _show(console: Console, names: list[str], answers: Iterator[list[str]]) -> None:
+def _show(console: Console, names: list[str], answers: Generator[list[str], None, None]) -> None:
     """Answers while they grow, side by side where there is room; Ctrl-C stops them."""
     view = _Answers(names)
     with Live(view, console=console, refresh_per_second=12) as live:
@@ -187,7 +187,7 @@ def _show(console: Console, names: list[str], answers: Iterator[list[str]]) -> N
             for view.texts in answers:
                 live.update(view)
         except KeyboardInterrupt:
-            answers.close()  # type: ignore[attr-defined]
+            answers.close()
             view.stopped = True
         view.whole = True
         live.update(view)

@@ -12,7 +12,6 @@ import typer
 
 from hydratune.errors import TrainingFailed, UserError, Violation
 
-
 RunName = Annotated[
     str, typer.Argument(metavar="RUN", help="A run's directory, the end of its name, or `latest`.")
 ]

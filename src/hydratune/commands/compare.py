@@ -123,7 +123,8 @@ def _ranked(runs: Sequence[Run], metrics: Sequence[str]) -> list[int]:
     name = names.pop() if len(names) == 1 else (metrics or [""])[0]
     values = [run.objective[1] if run.objective[0] == name else _final(run).get(name) for run in runs]
     sign = -1.0 if direction(name.partition(":")[0]) == "maximize" else 1.0
-    return sorted(range(len(runs)), key=lambda i: math.inf if values[i] is None else sign * values[i])
+    keys = [math.inf if value is None else sign * value for value in values]
+    return sorted(range(len(runs)), key=keys.__getitem__)
 
 
 def _settings(runs: Sequence[Run], settings: dict[str, list[Any]]) -> list[tuple[str, list[Text]]]:

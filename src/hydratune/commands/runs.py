@@ -122,7 +122,9 @@ def _table(console: Console, runs: Sequence[Run], keys: Sequence[str], *, fixed:
     """Status, name and algorithm, the keys, objective, steps and time; of the keys as many as fit, unless fixed."""
     names = {run.objective[0] for run in runs} - {""}
     judged = names.pop() if len(names) == 1 else ""
-    front = [[terminal.state(run.status), run.name, str(run.value("algo") or "–")] for run in runs]
+    front: list[list[Any]] = [
+        [terminal.state(run.status), run.name, str(run.value("algo") or "–")] for run in runs
+    ]
     back = [_results(run, judged) for run in runs]
     cells = {key: [shown(setting(run, key)) for run in runs] for key in keys}
     header_back = [judged or "objective", "steps", "time"]
