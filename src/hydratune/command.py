@@ -131,16 +131,14 @@ def read_run(run: Path, overrides: list[str]) -> tuple[Any, bool]:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
         assert isinstance(config, dict)
     except (OSError, yaml.YAMLError, AssertionError):
-        why = "is not there, or cannot be read"
-        raise UserError(Violation("config.yaml", str(file), why, "give a run directory")) from None
+        fault = Violation("config.yaml", str(file), "is not there, or cannot be read", "give a run directory")
+        raise UserError(fault) from None
     keys = {key_of(o) for o in overrides}
     if others := sorted(k for k in keys if k.partition(".")[0] != "data"):
-        own, fix = (
-            "is the run's own, only its data can be changed here",
-            "leave it out, or train a run with it",
-        )
+        why = "is the run's own, only its data can be changed here"
+        fix = "leave it out, or train a run with it"
         raise UserError(
-            Violation(key, None, own, fix)
+            Violation(key, None, why, fix)
             if key.partition(".")[0] in (*SECTIONS, *SHORTCUTS)
             else Violation(key, None, "there is no such key", misspelt_top_level(key))
             for key in others

@@ -216,7 +216,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def find_run(name: str, home: Path = HOME) -> Run:
-    """The run of a directory, or of a name (its end is enough) below `home`; `latest` is the one that wrote last.
+    """The run of a directory, or of a name (its end or another part is enough) below `home`; `latest` wrote last.
 
     Raises:
         UserError: there is none, or several have that name.
@@ -228,6 +228,7 @@ def find_run(name: str, home: Path = HOME) -> Run:
     if name == "latest" and runs:
         return runs[0]
     fitting = [r for r in runs if r.name == name] or [r for r in runs if r.name.endswith(name)]
+    fitting = fitting or [r for r in runs if name in r.name]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from os.path import commonprefix
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -76,6 +77,16 @@ def harmless(text: str) -> str:
 def width_of(header: str, cells: Iterable[str | Text]) -> int:
     """Of a column, with the gap after it."""
     return max([cell_len(header), *(cell_len(str(cell)) for cell in cells)]) + _GAP
+
+
+def distinct(names: Sequence[str], width: int) -> list[str]:
+    """Names in so many characters: first without the end that all have in common, then without their beginning."""
+    if all(len(name) <= width for name in names):
+        return [*names]
+    common = commonprefix([name[::-1] for name in names])[::-1] if len(set(names)) > 1 else ""
+    common = common[common.find("-") :] if "-" in common else ""
+    cut = [name.removesuffix(common) + "…" if common else name for name in names]
+    return [name if len(name) <= width else "…" + name[len(name) - width + 1 :] for name in cut]
 
 
 def say(console: Console, line: str | Text, *, end: str = "\n") -> None:

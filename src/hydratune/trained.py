@@ -12,6 +12,8 @@ from hydratune.errors import UserError, Violation
 from hydratune.reward_sources import model_home
 from hydratune.runs import HOME, Run, find_run
 
+BASE = "base"  # names the model that a run started from
+
 
 @dataclass(frozen=True)
 class Place:
@@ -109,8 +111,8 @@ def _base_of(place: Place) -> tuple[str | None, str | None]:
         return ("random weights" if made else base), None
     if place.run is None or not place.run.config:
         return None, "no config.yaml tells what it started from"
-    base = place.run.config.get("model.name_or_path")
-    return (str(base), None) if base else (None, "it was trained from random weights")
+    named = place.run.config.get("model.name_or_path")
+    return (str(named), None) if named else (None, "it was trained from random weights")
 
 
 def load(place: Place, *, device: str | None = None) -> Trained:

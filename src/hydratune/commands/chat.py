@@ -41,7 +41,10 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="For the same answers each time.")] = None,
     home: Home = HOME,
 ) -> None:
-    """Talk to a run's model, the base beside it: `hydratune chat latest --temperature 0`"""
+    """Talk to a run's model, the base beside it.
+
+    Example: `hydratune chat latest --temperature 0`
+    """
     from hydratune.rollout import Sampling  # refuses wrong options before a model is loaded
 
     sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p)
@@ -171,10 +174,8 @@ class Talk:
 
 def _print(names: list[str], answers: Iterator[list[str]]) -> None:
     """Whole answers as plain lines."""
-    texts = [""] * len(names)
-    for texts in answers:
-        pass
-    for name, text in zip(names, texts, strict=True):
+    *_, last = [[""] * len(names), *answers]
+    for name, text in zip(names, last, strict=True):
         text = terminal.harmless(text)
         print(f"{name}: {text}" if len(names) > 1 else text, flush=True)
 

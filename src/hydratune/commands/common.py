@@ -13,7 +13,7 @@ import typer
 from hydratune.errors import TrainingFailed, UserError, Violation
 
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's directory, the end of its name, or `latest`.")
+    str, typer.Argument(metavar="RUN", help="A run's directory, a part of its name, or `latest`.")
 ]
 Home = Annotated[Path, typer.Option(help="The folder that runs are looked for in.")]
 

@@ -45,7 +45,10 @@ def compare(
     limit: Annotated[int, typer.Option(help="Runs to show, the best first; 0: all.", min=0)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
-    """Runs against each other: `hydratune compare sft-tiny latest --metric eval_loss`"""
+    """Hold runs, or a study's trials, against each other.
+
+    Example: `hydratune compare RUN latest --metric eval_loss`
+    """
     found = _found(runs, home)
     if len(found) < 2:
         raise UserError(Violation("RUN", " ".join(runs), "is one run", "name two or more, or a study"))
@@ -216,9 +219,8 @@ def _print(console: Console, names: Sequence[str], rows: Sequence[tuple[str, Seq
             [[run, *(cells[i] for _, cells in kept)] for i, run in enumerate(names)],
         )
         return
-    if sum(widths) > place and console.is_terminal:  # the end of a name is what tells runs apart
-        share = [max(narrow[i], place // len(names)) - 2 for i in range(len(names))]
-        names = [n if len(n) <= w else "…" + n[len(n) - w + 1 :] for n, w in zip(names, share, strict=True)]
+    if sum(widths) > place and console.is_terminal:
+        names = terminal.distinct(names, max(*narrow, place // len(names)) - 2)
     terminal.columns(console, ["", *names], [[Text(name, style="bold"), *cells] for name, cells in rows])
 
 

@@ -50,10 +50,13 @@ class Finding:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
-    """What is here, what is missing, what can be trained; exit code 1 if nothing can: `hydratune doctor`"""
+    """Say what is here, what is missing, and what can be trained.
+
+    Exit code 1 when nothing can be. Example: `hydratune doctor`
+    """
     found: dict[str, list[Finding]] = {"packages": packages()}
     found["optional packages"] = optional()
-    working = not any(f.level == "bad" for f in found["packages"])
+    working = all(f.level != "bad" for f in found["packages"])
     try:
         from hydratune.tracking import quiet_libraries
 
@@ -164,8 +167,9 @@ def devices() -> list[Finding]:
             else "https://pytorch.org/get-started: a build for your GPU"
         )
         rows.append(Finding("gpu", "note", f"{why}: runs take the CPU, which is for small models", fix))
-    says = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, bf16 and fp32"
-    rows.append(Finding("cpu", "ok", says))
+    rows.append(
+        Finding("cpu", "ok", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, bf16 and fp32")
+    )
     return rows
 
 
@@ -259,12 +263,12 @@ def verdicts() -> tuple[list[Finding], list[Finding]]:
 
     device = device_facts()
     where = "on the CPU, small models" if device.kind == "cpu" else f"on {device.count} × {device.name}"
-    algorithms = [_verdict(name, [f"algo={name}"], device, where, build=name) for name in algos.names()]
+    algorithms = [_verdict(name, [f"algo={name}"], device, where) for name in algos.names()]
     adapters = [_verdict(name, [f"peft={name}"], device, where) for name in entries("peft")]
     return algorithms, adapters
 
 
-def _verdict(name: str, overrides: list[str], device: Any, where: str, build: str | None = None) -> Finding:
+def _verdict(name: str, overrides: list[str], device: Any, where: str) -> Finding:
     from hydratune import algos
     from hydratune.checks import check_settings
     from hydratune.checks_model import check_device
@@ -273,8 +277,7 @@ def _verdict(name: str, overrides: list[str], device: Any, where: str, build: st
     try:
         settings = settings_of([*overrides, "tracking=none"])
         wrong = check_settings(settings).merge(check_device(settings, device)).errors
-        if build is not None:
-            algos.classes(build)
+        algos.classes(settings.algo)
     except UserError as error:
         wrong = error.violations
     except ImportError as error:
@@ -297,5 +300,5 @@ def _show(console: Console, found: dict[str, list[Finding]], able: bool) -> None
             terminal.say(console, line)
             if f.fix:
                 terminal.say(console, Text(f"    {'':<{width}}→ {f.fix}", style="dim"))
-    good, bad = ("training works here", "green"), ("training cannot work here: see ✗ above", "red")
-    terminal.say(console, Text(*(good if able else bad)))
+    verdict = "training works here" if able else "training cannot work here: see ✗ above"
+    terminal.say(console, Text(verdict, style="green" if able else "red"))

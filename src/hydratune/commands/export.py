@@ -34,7 +34,10 @@ def merge(
     target: Annotated[Path, typer.Argument(help="Where the stand-alone model goes; a new directory.")],
     dtype: Dtype = None,
 ) -> None:
-    """Merge an adapter into its base: `hydratune merge outputs/RUN merged`"""
+    """Merge an adapter into its base.
+
+    Example: `hydratune merge outputs/RUN merged`
+    """
     wanted = _dtype(dtype)
     from hydratune.adapters import find_adapter, free_folder, merge_adapter
 
@@ -55,7 +58,10 @@ def export(
     ] = False,
     home: Home = HOME,
 ) -> None:
-    """A run's model with tokenizer, template and card, merged: `hydratune export latest my-model --dtype bfloat16`"""
+    """Save a run's model, merged, with tokenizer and card; push it if asked.
+
+    Example: `hydratune export latest my-model --dtype bfloat16`
+    """
     from hydratune.trained import find_model
 
     place = find_model(run, home)

@@ -46,7 +46,10 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Completions at a time.", min=1)] = 32,
     home: Home = HOME,
 ) -> None:
-    """Completions as JSON lines: `hydratune generate latest --prompt 'What is 2 + 3?' --num 4`"""
+    """Complete prompts, as JSON lines.
+
+    Example: `hydratune generate latest --prompt 'What is 2 + 3?' --num 4`
+    """
     rows = [*_rows(source, prompt, file)]
     heat = temperature if temperature is not None else 1.0 if num > 1 else 0.0
     if num > 1 and heat == 0:

@@ -38,7 +38,10 @@ def runs(
     limit: Annotated[int, typer.Option(help="Runs to show; 0: all.", min=0)] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON list, for programs.")] = False,
 ) -> None:
-    """The runs below a folder: `hydratune runs 'lr<1e-4' peft=lora --sort eval_loss`"""
+    """List runs: their state, settings that differ, result.
+
+    Example: `hydratune runs 'lr<1e-4' peft=lora --sort eval_loss`
+    """
     if not home.is_dir():
         raise UserError(
             Violation("--home", str(home), "there is no such folder", "give the one with the runs")
@@ -139,8 +142,9 @@ def _table(console: Console, runs: Sequence[Run], keys: Sequence[str], *, fixed:
             kept.append(key)
             left -= own
     for_name = max(_NARROWEST, left + min(longest, _NARROWEST + 2) - 2)
-    for row in front if console.is_terminal else ():
-        row[1] = row[1] if len(str(row[1])) <= for_name else "…" + str(row[1])[-for_name + 1 :]
+    if console.is_terminal:
+        short = terminal.distinct([run.name for run in runs], for_name)
+        front = [[row[0], name, row[2]] for row, name in zip(front, short, strict=True)]
     terminal.columns(
         console,
         [*_OF_A_RUN, *kept, *header_back],

@@ -46,7 +46,10 @@ def status(
     ] = None,
     rows: Annotated[int, typer.Option(help="Trials to show, the best first; 0 for all.")] = 20,
 ) -> None:
-    """How a study stands, as of its last finished trial; without a name, one line for each study."""
+    """How a study stands, as of its last finished trial; without a name, one line for each study.
+
+    Example: `hydratune sweep status STUDY --rows 0`
+    """
     from rich.table import Table
 
     console = Console(soft_wrap=True)
@@ -102,7 +105,10 @@ def _best_line(facts: dict[str, Any]) -> str:
 @app.command()
 @clear
 def best(study: StudyName) -> None:
-    """The command that runs the best trial again, or those of the Pareto front."""
+    """The command that runs the best trial again, or those of the Pareto front.
+
+    Example: `hydratune sweep best STUDY`
+    """
     folder = find(study)
     facts = read(folder)
     if not facts["front"]:
@@ -123,7 +129,10 @@ def rerun(
     study: StudyName,
     trial: Annotated[int | None, typer.Option(help="Number of the trial; default: the best.")] = None,
 ) -> None:
-    """Run one trial again as a run of its own; what follows is added to its command, e.g. max_steps=1000."""
+    """Run one trial again as a run of its own; what follows is added to its command.
+
+    Example: `hydratune sweep rerun STUDY --trial 3 max_steps=1000`
+    """
     folder = find(study)
     facts = read(folder)
     number = trial if trial is not None else next(iter(facts["front"]), None)
@@ -137,7 +146,10 @@ def rerun(
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @clear
 def resume(context: typer.Context, study: StudyName) -> None:
-    """Go on with a study; what follows is added to its command, e.g. sweep.n_trials=60."""
+    """Go on with a study; what follows is added to its command.
+
+    Example: `hydratune sweep resume STUDY sweep.n_trials=60`
+    """
     folder = find(study)
     try:
         known = json.loads((folder / "command.json").read_text(encoding="utf-8"))
@@ -158,7 +170,10 @@ def dashboard(
         str | None, typer.Option(help="Of the study; default: the journal in its folder.")
     ] = None,
 ) -> None:
-    """Optuna's dashboard on 127.0.0.1, each trial with a note of its command and directory."""
+    """Optuna's dashboard on 127.0.0.1, each trial with a note of its command and directory.
+
+    Example: `hydratune sweep dashboard STUDY --port 8080`
+    """
     try:
         from optuna_dashboard import run_server
     except ImportError:
