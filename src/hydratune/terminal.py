@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from os.path import commonprefix
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -83,8 +82,10 @@ def distinct(names: Sequence[str], width: int) -> list[str]:
     """Names in so many characters: first without the end that all have in common, then without their beginning."""
     if all(len(name) <= width for name in names):
         return [*names]
-    common = commonprefix([name[::-1] for name in names])[::-1] if len(set(names)) > 1 else ""
-    common = common[common.find("-") :] if "-" in common else ""
+    parts = [name.split("-") for name in names]
+    most = min(map(len, parts)) - 1 if len(set(names)) > 1 else 0
+    shared = next((n for n in range(most) if len({part[-1 - n] for part in parts}) > 1), most)
+    common = "".join(f"-{word}" for word in parts[0][-shared:]) if shared else ""
     cut = [name.removesuffix(common) + "…" if common else name for name in names]
     return [name if len(name) <= width else "…" + name[len(name) - width + 1 :] for name in cut]
 
