@@ -174,15 +174,24 @@ def load_whole(name: str, dtype: Any = None, *, trust_remote_code: bool = False)
         raise UserError(Violation("model", name, f"cannot be loaded ({said})", fix)) from error
 
 
-def load_speaker(name: str, home: Path = HOME, *, key: str = "RUN") -> Trained:
-    """A model that writes.
+def find_writer(name: str, home: Path = HOME, *, key: str = "RUN") -> Place:
+    """A model that writes, as far as its run tells; torch is not needed for that.
 
     Raises:
-        UserError: as `find_model` and `load`; or it is a reward model.
+        UserError: as `find_model`; or it is a reward model.
     """
     place = find_model(name, home, key=key)
     if place.run is not None and place.run.value("algo") == "reward":
-        raise _speechless(place, key)  # before torch is imported
+        raise _speechless(place, key)
+    return place
+
+
+def load_writer(place: Place, *, key: str = "RUN") -> Trained:
+    """A model that writes.
+
+    Raises:
+        UserError: as `load`; or it is a reward model.
+    """
     trained = load(place)
     if trained.scores:
         raise _speechless(place, key)

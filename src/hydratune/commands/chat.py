@@ -45,12 +45,16 @@ def chat(
 
     Example: `hydratune chat latest --temperature 0`
     """
-    from hydratune.rollout import Sampling  # refuses wrong options before a model is loaded
+    from hydratune.trained import find_writer, load_writer
+
+    place = find_writer(run, home)
+    from hydratune.tracking import quiet_libraries
+
+    quiet_libraries()
+    from hydratune.rollout import Sampling
 
     sampling = Sampling(max_new_tokens, temperature=temperature, top_p=top_p)
-    from hydratune.trained import load_speaker
-
-    trained = load_speaker(run, home)
+    trained = load_writer(place)
     console, talks = Console(), sys.stdin.isatty() and sys.stdout.isatty()
     said = Console(stderr=True)  # what is no answer, so that a pipe gets answers alone
     names = ["tuned"]
@@ -183,15 +187,16 @@ def _print(names: list[str], answers: Iterator[list[str]]) -> None:
 def _show(console: Console, names: list[str], answers: Generator[list[str], None, None]) -> None:
     """Answers while they grow, side by side where there is room; Ctrl-C stops them."""
     view = _Answers(names)
-    with Live(view, console=console, refresh_per_second=12) as live:
+    with suppress(KeyboardInterrupt), Live(view, console=console, refresh_per_second=12) as live:
         try:
             for view.texts in answers:
                 live.update(view)
         except KeyboardInterrupt:
-            answers.close()
             view.stopped = True
-        view.whole = True
-        live.update(view)
+        finally:
+            answers.close()
+            view.whole = True
+            live.update(view)
 
 
 class _Answers:

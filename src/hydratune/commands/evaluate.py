@@ -44,7 +44,7 @@ def evaluate(
     Example: `hydratune eval latest data=gsm8k --reward-model RUN`
     """
     from hydratune.command import read_run
-    from hydratune.trained import BASE, find_model
+    from hydratune.trained import BASE, find_model, find_writer
 
     place = find_model(run, home)
     if place.run is None:
@@ -56,7 +56,7 @@ def evaluate(
         raise UserError(Violation("RUN", run, why, "leave out --reward-model and --against"))
     judge = _judge_place(reward_model, home) if reward_model else None
     if against not in (None, BASE):
-        find_model(str(against), home, key="--against")  # refused before anything is loaded
+        find_writer(str(against), home, key="--against")  # refused before anything is loaded
     note = Console(stderr=True)
     from hydratune.tracking import quiet_libraries
 

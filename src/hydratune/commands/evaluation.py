@@ -23,7 +23,7 @@ from hydratune.reward_models import RewardModel
 from hydratune.rollout import Sampling
 from hydratune.run import arguments, recipe_of
 from hydratune.samples import Completer, split_prompt
-from hydratune.trained import BASE, Trained, load_speaker
+from hydratune.trained import BASE, Trained, find_writer, load_writer
 
 _QUIET = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "model_preparation_time")
 
@@ -161,7 +161,11 @@ class Compared:
         }
         if against is None:
             return found
-        other = tuned if against == BASE else load_speaker(against, home, key="--against")
+        other = (
+            tuned
+            if against == BASE
+            else load_writer(find_writer(against, home, key="--against"), key="--against")
+        )
         with other.base() if against == BASE else other.tuned() as model:
             theirs = self._judged(model, other.tokenizer, judge)
         name = f"base ({tuned.base_name})" if against == BASE else other.place.name

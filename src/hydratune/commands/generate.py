@@ -59,13 +59,18 @@ def generate(
     if out is not None and out.exists():
         raise UserError(Violation("--out", str(out), "is already there", "name a new file"))
     asked = [_asked(row, system, raw) for row in rows]
+    from hydratune.trained import find_writer, load_writer
+
+    place = find_writer(run, home)
+    from hydratune.tracking import quiet_libraries
+
+    quiet_libraries()
     from hydratune.rollout import Sampling
 
     sampling = Sampling(max_new_tokens, temperature=heat, top_p=top_p, top_k=top_k)
     from hydratune.samples import Completer
-    from hydratune.trained import load_speaker
 
-    trained = load_speaker(run, home)
+    trained = load_writer(place)
     import torch
 
     generator = torch.Generator().manual_seed(seed)

@@ -117,8 +117,9 @@ def shown(value: Any) -> str:
 
 
 def setting(run: Run, key: str) -> Any:
-    """Of the config as it is, which `Run.value` passes over where a summary has the same word."""
-    return run.config.get(key) if key in run.config else run.value(key)
+    """Of the config, lists too, or what else a run knows by this name."""
+    value = run.config.get(key)
+    return run.value(key) if value is None else value
 
 
 def _table(console: Console, runs: Sequence[Run], keys: Sequence[str], *, fixed: bool) -> None:
