@@ -187,16 +187,18 @@ def _print(names: list[str], answers: Iterator[list[str]]) -> None:
 def _show(console: Console, names: list[str], answers: Generator[list[str], None, None]) -> None:
     """Answers while they grow, side by side where there is room; Ctrl-C stops them."""
     view = _Answers(names)
-    with suppress(KeyboardInterrupt), Live(view, console=console, refresh_per_second=12) as live:
-        try:
-            for view.texts in answers:
-                live.update(view)
-        except KeyboardInterrupt:
-            view.stopped = True
-        finally:
-            answers.close()
-            view.whole = True
+    live = Live(view, console=console, refresh_per_second=12)
+    try:
+        live.start()  # in here too: it may be interrupted while it hides the cursor
+        for view.texts in answers:
             live.update(view)
+    except KeyboardInterrupt:
+        view.stopped = True
+    finally:
+        answers.close()
+        view.whole = True
+        live.update(view)
+        live.stop()
 
 
 class _Answers:
