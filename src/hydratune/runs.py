@@ -292,17 +292,17 @@ def differences(runs: Iterable[Run]) -> dict[str, list[Any]]:
     """The settings that are not the same in all runs, with their values; None where a run does not have one.
 
     Where a run wrote its output and what it was called is not a setting. What another one tells is not told again: lr is
-    trainer.learning_rate, and of runs with and without an adapter peft.type tells that the rest of peft is there or not.
+    trainer.learning_rate, and of runs with and without an adapter peft.type tells that the rest of peft is there or not;
+    so does model_type of an architecture.
     """
     configs = [run.config for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     found = {key: [config.get(key) for config in configs] for key in keys if key not in _NAMES}
     found = {key: values for key, values in found.items() if any(other != values[0] for other in values)}
     short = [values for key, values in found.items() if "." not in key]
-    if "peft.type" in found:
-        fields = [k for k in found if k.startswith("peft.") and k != "peft.type"]
-        for key in fields:
-            given = [v for v, kind in zip(found[key], found["peft.type"], strict=True) if kind is not None]
+    for part, kind in (("peft.", "peft.type"), ("model.architecture.", "model.architecture.model_type")):
+        for key in [k for k in found if k.startswith(part) and k != kind and kind in found]:
+            given = [v for v, there in zip(found[key], found[kind], strict=True) if there is not None]
             if all(v == given[0] for v in given):
                 del found[key]
     return {k: v for k, v in found.items() if not (k.startswith("trainer.") and v in short)}

@@ -178,10 +178,14 @@ def test_only_what_differs_is_told_and_once(tmp_path):
     make(tmp_path / "a", output_dir="x", trainer={"learning_rate": 1e-4, "warmup_steps": 1})
     lora = {"type": "lora", "r": 8}
     make(
-        tmp_path / "b", output_dir="y", lr=1e-3, trainer={"learning_rate": 1e-3, "warmup_steps": 2}, peft=lora
-    )
+        tmp_path / "b", output_dir="y", lr=1e-3, trainer={"learning_rate": 1e-3, "warmup_steps": 2}, peft=lora,
+        model={"architecture": {"model_type": "qwen2", "hidden_size": 8}},
+    )  # fmt: skip
     found = differences([find_run(name, tmp_path) for name in "ab"])
-    assert found == {"lr": [1e-4, 1e-3], "trainer.warmup_steps": [1, 2], "peft.type": [None, "lora"]}
+    assert found == {
+        "lr": [1e-4, 1e-3], "trainer.warmup_steps": [1, 2], "peft.type": [None, "lora"],
+        "model.architecture.model_type": [None, "qwen2"],
+    }  # fmt: skip
     make(tmp_path / "c", peft={"type": "lora", "r": 16})
     assert differences([find_run(name, tmp_path) for name in "bc"])["peft.r"] == [8, 16]
 

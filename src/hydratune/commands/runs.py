@@ -17,6 +17,7 @@ from hydratune.objective import direction
 from hydratune.runs import HOME, Run, differences, find_runs, matching
 
 _OF_A_RUN = ("status", "name", "algo")
+_FIRST = ("lr", "peft.type")  # of the settings that differ, where there is no room for all
 _NARROWEST = 24  # characters of a name, whose end is what other commands take
 
 
@@ -60,7 +61,8 @@ def runs(
         return
     console = Console()
     if shown:
-        keys = [key for key in differences(shown) if key != "algo.name"] if asked is None else asked
+        differing = [key for key in differences(shown) if key != "algo.name"]
+        keys = sorted(differing, key=lambda key: key not in _FIRST) if asked is None else asked
         _table(console, shown, keys, fixed=asked is not None)
     rest = f", {len(shown)} shown: --limit 0 shows all" if len(shown) < len(chosen) else ""
     of = f" of {len(everything)}" if len(chosen) < len(everything) else ""
