@@ -117,6 +117,49 @@ def find_adapter(source: str | Path) -> Path:
     )
 
 
+def load_adapter(source: str | Path, *, dtype: Any = None, **kwargs: Any) -> Any:
+    """A saved adapter on its base, as a `PeftModel`.
+
+    Args:
+        source: a run directory or an adapter's directory.
+        dtype: of the base; None keeps what it was saved in.
+        kwargs: passed to `from_pretrained` of the base.
+
+    Raises:
+        UserError: no adapter at `source`, or its base is not to be had.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    adapter = find_adapter(source)
+    saved = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    scores = saved.get("task_type") == _TASKS["reward"]
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    base = base_of_adapter(adapter)
+    labels = {"num_labels": 1} if scores else {}
+    try:
+        model = auto.from_pretrained(base, dtype=dtype or "auto", **labels, **kwargs)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            Violation(
+                "base_model_name_or_path",
+                base,
+                "the adapter's base model is not to be had",
+                str(error).splitlines()[0],
+            )
+        ) from error
+    return PeftModel.from_pretrained(model, adapter)
+
+
+def base_of_adapter(adapter: Path) -> str | None:
+    """Directory or hub id of an adapter's base; the one beside it where its run directory was moved."""
+    base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))[
+        "base_model_name_or_path"
+    ]
+    beside = adapter.parent / "base"
+    return str(beside) if not Path(base or "").is_dir() and beside.is_dir() else base
+
+
 def merge_adapter(source: str | Path, target: str | Path, *, dtype: torch.dtype | None = None) -> Path:
     """Merge an adapter into its base and save a model that plain transformers loads.
 
@@ -128,31 +171,21 @@ def merge_adapter(source: str | Path, target: str | Path, *, dtype: torch.dtype 
     Raises:
         UserError: no adapter at `source`, its base is not to be had, or `target` is taken.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    adapter, target = find_adapter(source), Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(Violation("target", str(target), "is already there", "name a new directory"))
-    saved = json.loads((adapter / "adapter_config.json").read_text())
-    base = saved["base_model_name_or_path"]
-    scores = saved.get("task_type") == _TASKS["reward"]
-    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    beside = adapter.parent / "base"
-    if not Path(base or "").is_dir() and beside.is_dir():
-        base = str(beside)  # the run directory was moved
-    try:
-        model = auto.from_pretrained(base, dtype=dtype or "auto", **({"num_labels": 1} if scores else {}))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            Violation(
-                "base_model_name_or_path",
-                base,
-                "the adapter's base model is not to be had",
-                str(error).splitlines()[0],
-            )
-        ) from error
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    adapter, target = find_adapter(source), free_folder(target)
+    model = load_adapter(adapter, dtype=dtype).merge_and_unload()
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(target)
+    return target
+
+
+def free_folder(target: str | Path) -> Path:
+    """
+    Raises:
+        UserError: something is there already.
+    """
+    target = Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(Violation("target", str(target), "is already there", "name a new directory"))
     return target

@@ -193,6 +193,11 @@ def _boundaries(position_ids: torch.Tensor | None, length: int) -> torch.Tensor 
     return torch.cat([starts, starts.new_tensor([length])]).to(torch.int32) if len(starts) > 1 else None
 
 
+def has_kernel() -> bool:
+    """Whether this torch has FlashAttention's kernels for documents of different lengths."""
+    return _varlen() is not None
+
+
 @cache
 def _varlen() -> Any:
     try:

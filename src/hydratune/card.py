@@ -3,10 +3,42 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from hydratune.amounts import amount, duration
+from hydratune.objective import REWARD_ACCURACY, REWARDS
+
+
+def facts_of(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run's results and costs are, in words: for the table at its end and for the card."""
+    metrics = summary["metrics"]
+    final, best = metrics["final"], metrics["best"]
+    rows = []
+    for key, name in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
+        if key in final:
+            better = best.get(key, final[key])
+            rows.append(
+                (name, f"{final[key]:.4f}" + (f"  (best {better:.4f})" if better < final[key] else ""))
+            )
+    if "eval_mean_token_accuracy" in final:
+        rows.append(("token accuracy", f"{final['eval_mean_token_accuracy']:.1%}"))
+    rows += [("reward accuracy", f"{final[key]:.1%}") for key in REWARD_ACCURACY if key in final]
+    for key in (key for key in REWARDS if key in final):
+        rows.append(("mean reward" + " (evaluation)" * (key == "eval_reward"), f"{final[key]:.3f}"))
+    if "verified_accuracy" in final:
+        rows.append(("verified answers", f"{final['verified_accuracy']:.0%}"))
+    spent = duration(summary["seconds"].get("training", 0))
+    speed = f", {amount(summary['tokens_per_second'])} tokens/s" if summary["tokens_per_second"] else ""
+    peak = summary["peak_memory"]
+    rows.append(
+        ("training", f"{summary['steps']} steps, {amount(summary['tokens'])} tokens in {spent}{speed}")
+    )
+    rows.append(("peak memory", f"{peak['bytes'] / 2**30:.1f} GiB ({peak['kind']})"))
+    return rows
 
 
 def write_card(model_dir: Path, out_dir: Path) -> None:
@@ -22,19 +54,14 @@ def write_card(model_dir: Path, out_dir: Path) -> None:
     if base and not Path(base).is_absolute() and not Path(base).exists():
         front["base_model"] = base  # a hub id; a local directory means nothing to a reader
     shown = base if base is None or "base_model" in front else Path(base).name
-    metrics = summary["metrics"]
-    results = [
-        f"| {k} | {v:.4g} |"
-        for k, v in metrics["final"].items()
-        if k.endswith(("loss", "accuracy", "entropy"))
-    ]
+    results = [f"| {name} | {text} |" for name, text in facts_of(summary)]
     chosen = {**(config.get("trainer") or {}), **(config.get("algo") or {}), **(config.get("peft") or {})}
-    settings = [f"| {k} | {v} |" for k, v in chosen.items() if isinstance(v, str | int | float | bool)]
-    load = (
-        "from peft import AutoPeftModelForCausalLM\n\nmodel = AutoPeftModelForCausalLM.from_pretrained(DIR)"
-        if adapter
-        else "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained(DIR)"
-    )
+    settings = [
+        f"| {k} | {_local(str(v))} |" for k, v in chosen.items() if isinstance(v, str | int | float | bool)
+    ]
+    auto = f"Auto{'Peft' * adapter}ModelFor{'SequenceClassification' if summary['algo'] == 'reward' else 'CausalLM'}"
+    labels = ", num_labels=1" if adapter and summary["algo"] == "reward" else ""
+    load = f"from {front['library_name']} import {auto}\n\nmodel = {auto}.from_pretrained(DIR{labels})"
     versions = ", ".join(f"{name} {number}" for name, number in summary["versions"].items())
     text = f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -51,7 +78,7 @@ def write_card(model_dir: Path, out_dir: Path) -> None:
 
 ## Results
 
-| metric | value |
+| | |
 |---|---|
 {chr(10).join(results)}
 
@@ -61,8 +88,13 @@ def write_card(model_dir: Path, out_dir: Path) -> None:
 |---|---|
 {chr(10).join(settings)}
 
-Command: `{summary["command"]}`
+Command: `{_local(summary["command"])}`
 
 Versions: {versions}
 """
     (model_dir / "README.md").write_text(text, encoding="utf-8")
+
+
+def _local(text: str) -> str:
+    """Without the folders of this machine, which mean nothing to a reader."""
+    return re.sub(r"(?<![\w.…/])~?/(?:[^\s,'\"\]/]+/)+", "…/", text)

@@ -1,44 +1,26 @@
-"""`hydratune …`: the small commands beside `python train.py`."""
+"""`hydratune …`: the commands beside `python train.py`, one file of `commands/` each."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
-from hydratune.errors import UserError
+from hydratune.commands import chat, compare, doctor, evaluate, export, generate, runs
 from hydratune.sweep.commands import app as sweep
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode="markdown")
-app.add_typer(sweep, name="sweep")
 
 
 @app.callback()
 def main() -> None:
-    """Small commands around the runs that `python train.py` makes."""
+    """Commands around the runs that `python train.py` makes."""
 
 
-@app.command()
-def merge(
-    source: Annotated[Path, typer.Argument(help="A run directory, or a saved adapter.")],
-    target: Annotated[Path, typer.Argument(help="Where the stand-alone model goes; a new directory.")],
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; default: the base's.")
-    ] = None,
-) -> None:
-    """Merge an adapter into its base model, saved so that plain transformers loads it."""
-    import torch
-
-    from hydratune.adapters import merge_adapter
-
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype is not None and dtype not in kinds:
-        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(kinds)}")
-    try:
-        saved = merge_adapter(source, target, dtype=kinds[dtype] if dtype else None)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    print(f"merged model in {saved}")
+app.command()(runs.runs)
+app.command()(compare.compare)
+app.command()(chat.chat)
+app.command()(generate.generate)
+app.command("eval")(evaluate.evaluate)
+app.command()(export.export)
+app.command()(export.merge)
+app.command()(doctor.doctor)
+app.add_typer(sweep, name="sweep")

@@ -110,6 +110,78 @@ def rewrite(overrides: list[str]) -> list[str]:
     return result
 
 
+def settings_of(overrides: list[str]) -> Any:
+    """The `RunSettings` that `python train.py OVERRIDES` would have.
+
+    Raises:
+        UserError: they cannot be composed, or hold a value that is wrong.
+    """
+    from hydra import compose, initialize_config_dir
+
+    from hydratune.config import parse
+
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        cfg = compose("train", overrides=rewrite(overrides), return_hydra_config=True)
+    return parse(cfg, choices=dict(cfg.hydra.runtime.choices), overrides=overrides, conf=CONF)
+
+
+_OTHER_ROWS = {"data", "data.source", "data.name", "data.subset", "data.path", "data.split"}
+
+
+def read_run(run: Path, overrides: list[str]) -> tuple[Any, bool]:
+    """The `RunSettings` of a run directory, its data changed by overrides.
+
+    Returns:
+        Them, and whether all rows shall be evaluated: the overrides name other rows than the run's, and do not say which
+        of them are held out. They are the training rows of these settings.
+
+    Raises:
+        UserError: the directory holds no config, an override is wrong, or is not of the data.
+    """
+    import yaml
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    from hydratune.config import SECTIONS, SHORTCUTS, key_of, misspelt_top_level, parse
+    from hydratune.errors import UserError, Violation
+
+    file = run / "config.yaml"
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert isinstance(config, dict)
+    except (OSError, yaml.YAMLError, AssertionError):
+        fault = Violation("config.yaml", str(file), "is not there, or cannot be read", "give a run directory")
+        raise UserError(fault) from None
+    keys = {key_of(o) for o in overrides}
+    if others := sorted(k for k in keys if k.partition(".")[0] != "data"):
+        why = "is the run's own, only its data can be changed here"
+        fix = "leave it out, or train a run with it"
+        raise UserError(
+            Violation(key, None, why, fix)
+            if key.partition(".")[0] in (*SECTIONS, *SHORTCUTS)
+            else Violation(key, None, "there is no such key", misspelt_top_level(key))
+            for key in others
+        )
+    if keys:
+        own = {} if "data" in keys else config.get("data") or {}
+        if keys & {"data.path", "data.name"}:  # which say where rows come from
+            own = {k: v for k, v in own.items() if k != "source"}
+        whole = [*(f"++data.{k}={text(v)}" for k, v in own.items()), *rewrite(overrides)]
+        check_command(whole, multirun=False, args=arguments([]))
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            config["data"] = OmegaConf.to_container(compose("train", overrides=whole).data, resolve=True)
+    config |= {"resume": None, "check": False}
+    settings = parse(OmegaConf.create(config), output_dir=str(run))
+    data = settings.data
+    held_out = "data" in keys and (data.eval_path or data.eval_split)
+    told = keys & {"data.eval_path", "data.eval_split", "data.eval_fraction"}
+    every = bool(keys & _OTHER_ROWS) and not told and not held_out
+    if every:
+        data.eval_path, data.eval_split, data.eval_fraction = None, None, 0.0
+        data.max_samples = data.max_eval_samples
+    return settings, every
+
+
 def group_names() -> list[str]:
     from hydratune.config import SECTIONS
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
-from hydratune import memory
+from hydratune import memory, terminal
 from hydratune.amounts import amount
 from hydratune.data.tokenize import render_example
 from hydratune.data.tokenize_preference import render_preference
@@ -136,22 +135,30 @@ def make(
     )
 
 
-def render(plan: Plan, *, colour: bool) -> Group:
-    """The plan as a table, the first example with its trained tokens marked, and warnings.
+def show(plan: Plan, console: Console | None = None) -> None:
+    """Print the plan: its facts, the first example with its trained tokens marked, and warnings.
 
-    Without colour the trained tokens stand in ⟦ ⟧.
+    Without colour the trained tokens stand in ⟦ ⟧. On a pipe nothing is wrapped.
     """
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, fact in plan.facts.items():
-        table.add_row(name, Text(str(fact)))
-    for change in plan.changes:
-        table.add_row("would fit with", Text(f"{change.overrides}  ({memory.size(change.estimate.total)})"))
+    console = console or Console()
+    colour = console.is_terminal and not console.no_color
+    changes = [("would fit with", f"{c.overrides}  ({memory.size(c.estimate.total)})") for c in plan.changes]
+    terminal.facts(console, [*plan.facts.items(), *changes])
+    terminal.say(console, "")
+    heading = "first row, trained tokens " + ("green" if colour else "in ⟦ ⟧")
+    terminal.say(console, Text(heading, style="bold"))
+    terminal.say(console, _example(plan, colour))
+    for i, line in enumerate(plan.warnings):
+        terminal.say(console, Text(("\n" if i == 0 else "") + f"warning: {line}", style="yellow"))
+    terminal.say(console, "")
+
+
+def _example(plan: Plan, colour: bool) -> Text:
     example = Text()
     left = _MOST_CHARACTERS
     for piece, trained in plan.example:
         shown = piece if len(piece) <= left else piece[:left] + f" … ({len(piece) - left:,} characters more)"
+        shown = terminal.harmless(shown)
         if colour:
             example.append(shown, style="green" if trained else "dim")
         else:
@@ -159,13 +166,4 @@ def render(plan: Plan, *, colour: bool) -> Group:
         left -= len(piece)
         if left <= 0:
             break
-    heading = Text("first row, trained tokens " + ("green" if colour else "in ⟦ ⟧"), style="bold")
-    warnings = [Text(f"warning: {line}", style="yellow") for line in plan.warnings]
-    return Group(table, Text(), heading, example, *([Text()] if warnings else []), *warnings)
-
-
-def show(plan: Plan, console: Console | None = None) -> None:
-    """Print the plan."""
-    console = console or Console(width=None if Console().is_terminal else 160)
-    console.print(render(plan, colour=console.is_terminal and not console.no_color))
-    console.print()
+    return example

@@ -8,10 +8,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from transformers import TrainerCallback
 
+from hydratune import terminal
 from hydratune.amounts import amount, duration
+from hydratune.card import facts_of
 from hydratune.objective import REWARD_ACCURACY, REWARDS
 
 
@@ -96,33 +97,5 @@ class ProgressCallback(TrainerCallback):
 
 def final_table(summary: dict[str, Any], out_dir: Path, console: Console | None = None) -> None:
     """The short table at the end: results, cost, and where things are."""
-    console = console or Console()
-    final = summary["metrics"]["final"]
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for key, name in (("loss", "training loss"), ("eval_loss", "evaluation loss")):
-        if key in final:
-            best = summary["metrics"]["best"].get(key, final[key])
-            table.add_row(name, f"{final[key]:.4f}" + (f"  (best {best:.4f})" if best < final[key] else ""))
-    if "eval_mean_token_accuracy" in final:
-        table.add_row("token accuracy", f"{final['eval_mean_token_accuracy']:.1%}")
-    for key in REWARD_ACCURACY:
-        if key in final:
-            table.add_row("reward accuracy", f"{final[key]:.1%}")
-    for key in (key for key in REWARDS if key in final):
-        table.add_row("mean reward" + (" (evaluation)" if key == "eval_reward" else ""), f"{final[key]:.3f}")
-    if "verified_accuracy" in final:
-        table.add_row("verified answers", f"{final['verified_accuracy']:.0%}")
-    seconds = summary["seconds"]
-    speed = f", {amount(summary['tokens_per_second'])} tokens/s" if summary["tokens_per_second"] else ""
-    table.add_row(
-        "training",
-        f"{summary['steps']} steps, {amount(summary['tokens'])} tokens in {duration(seconds.get('training', 0))}{speed}",
-    )
-    table.add_row(
-        "peak memory", f"{summary['peak_memory']['bytes'] / 2**30:.1f} GiB ({summary['peak_memory']['kind']})"
-    )
-    table.add_row("model", str(out_dir / "model"))
-    table.add_row("report", str(out_dir / "report.html"))
-    console.print(table)
+    places = [("model", str(out_dir / "model")), ("report", str(out_dir / "report.html"))]
+    terminal.facts(console or Console(), [*facts_of(summary), *places])

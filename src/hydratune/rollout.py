@@ -149,6 +149,47 @@ def generate(
     return Completions(ids, stopped, None if uniform is None else logps)
 
 
+@torch.no_grad()
+def stream(
+    model: Any, prompt: Sequence[int], sampling: Sampling, *, generator: torch.Generator | None = None
+) -> Iterator[int]:
+    """The tokens of one completion as they are made, the stop token included. One host sync a token.
+
+    Args: as for `generate`, and
+        generator: on any device; each token takes one number of it.
+
+    Raises:
+        UserError: the prompt is empty or leaves no room in the model's context.
+    """
+    context = _context(model)
+    _check([prompt], context, 1, None)
+    with _generating(model):
+        decoder = _Decoder(model, sampling, context)
+        steps = decoder.limit(len(prompt))
+        logits, cache, mask, positions = decoder._prefill([tuple(map(int, prompt))], steps)
+        for step in range(steps):
+            if sampling.temperature > 0:
+                device = generator.device if generator is not None else "cpu"
+                number = torch.rand(1, dtype=torch.float64, generator=generator, device=device)
+                ids, _ = draw(
+                    logits,
+                    number.to(logits.device),
+                    temperature=sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                    min_p=sampling.min_p,
+                    vocab_size=sampling.vocab_size,
+                )
+            else:
+                ids = logits[:, : sampling.vocab_size].argmax(-1)
+            token = int(ids)
+            yield token
+            if token in sampling.stop_token_ids or step + 1 == steps:
+                return
+            logits = decoder._forward(ids, cache, mask, positions)
+            positions = positions + 1
+
+
 def _virtual(model: Any) -> int:
     """Virtual tokens that an adapter (prompt or prefix tuning) puts in front of every prompt."""
     adapters = model.peft_config.values() if hasattr(model, "active_peft_config") else ()

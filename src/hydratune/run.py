@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ def run(settings: RunSettings) -> float | list[float] | None:
     findings.raise_if_any()
     clock = PhaseClock()
     with clock.phase("imports"):
+        quiet_libraries()
         from hydratune import plan as plans
     job = prepare(settings, clock, findings)
     if _is_main_process():
@@ -81,9 +82,8 @@ def run(settings: RunSettings) -> float | list[float] | None:
 def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings) -> Job:
     """Everything up to the weights: device, arguments, tokenizer, data, recipe and plan, checked together."""
     with clock.phase("imports"):
-        from hydratune import adapters, algos, attention, plan
-        from hydratune.models import load_tokenizer, recipe_from, weights_dtype
-        from hydratune.packing import packs
+        from hydratune import algos, attention, plan
+        from hydratune.models import load_tokenizer
 
         attention.register()
         quiet_libraries()
@@ -93,7 +93,7 @@ def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings)
     model = settings.model
     with clock.phase("data"):
         config_class, trainer_class = algos.classes(settings.algo)
-        args = _arguments(settings, config_class, device)
+        args = arguments(settings, config_class, device)
         args.dataset_num_proc = args.dataset_num_proc or settings.data.num_proc
         named: dict[str, Any] = {
             "name": model.tokenizer or str(model.name_or_path),
@@ -105,26 +105,15 @@ def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings)
         keys = {"tokenizer": held.key_of("tokenizer", named), "data": _data_key(settings, args, named)}
         tokenizer = held.take(keys["tokenizer"], lambda: load_tokenizer(**named))
         findings = findings.merge(checks_model.check_tokenizer(tokenizer, settings))
-        peft_config = adapters.peft_config(settings.peft, trainer_class.task)
-        dtype = weights_dtype(
-            model.dtype, frozen_base=peft_config is not None, bf16=device.kind == "cuda" and device.bf16
-        )
-        size, task = len(tokenizer), trainer_class.task
-        recipe = recipe_from(settings, peft_config, vocab_size=size, dtype=dtype, attention=None, task=task)
-        outline = recipe.outline()
+        recipe, outline = recipe_of(settings, trainer_class, args, tokenizer, device)
         findings = findings.merge(checks_model.check_model(outline, settings.peft, tokenizer, settings))
         findings.raise_if_any()
-        chosen = model.attn_implementation
-        if chosen == "auto":
-            shared = trainer_class.goal != "tokens"
-            chosen = attention.choose(device.kind, packed=packs(args), config=outline.config, shared=shared)
-        recipe = recipe_from(settings, peft_config, vocab_size=size, dtype=dtype, attention=chosen, task=task)
         ready = held.take(keys["data"], lambda: _data(settings, trainer_class, args, tokenizer))
         train, evaluation, eval_rows, reports = ready
         _can_verify(settings, eval_rows)
         prepared = {"train": train, "eval": evaluation}
         trainer_class.check_rows(args, outline.config, {n: r for n, r in prepared.items() if r is not None})
-        trainer_class.check_services(args, outline.config, peft_config)
+        trainer_class.check_services(args, outline.config, recipe.peft_config)
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
     made = plan.make(
         settings, args=args, tokenizer=tokenizer, outline=outline, recipe=recipe, trainer_class=trainer_class,
@@ -135,7 +124,36 @@ def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings)
     return Job(args, tokenizer, train, evaluation, eval_rows, recipe, made, reports, keys)
 
 
-def _arguments(settings: RunSettings, config_class: Any, device: checks_model.DeviceFacts) -> Any:
+def recipe_of(
+    settings: RunSettings, trainer_class: Any, args: Any, tokenizer: Any, device: checks_model.DeviceFacts
+) -> tuple[Any, Any]:
+    """The recipe of a run's model, its attention chosen, and the model without its adapter on the meta device."""
+    from hydratune import adapters, attention
+    from hydratune.models import recipe_from, weights_dtype
+    from hydratune.packing import packs
+
+    peft_config = adapters.peft_config(settings.peft, trainer_class.task)
+    dtype = weights_dtype(
+        settings.model.dtype,
+        frozen_base=peft_config is not None,
+        bf16=device.kind == "cuda" and device.bf16,
+    )
+    size, task = len(tokenizer), trainer_class.task
+    recipe = recipe_from(settings, peft_config, vocab_size=size, dtype=dtype, attention=None, task=task)
+    outline = recipe.outline()
+    chosen = settings.model.attn_implementation
+    if chosen == "auto":
+        shared = trainer_class.goal != "tokens"
+        chosen = attention.choose(device.kind, packed=packs(args), config=outline.config, shared=shared)
+    return replace(recipe, attn_implementation=chosen), outline
+
+
+def arguments(settings: RunSettings, config_class: Any, device: checks_model.DeviceFacts) -> Any:
+    """The algorithm's config of a run.
+
+    Raises:
+        UserError: it refuses a value.
+    """
     options = dict(settings.algo_options)
     for kind in ("bf16", "fp16"):
         if options.get(kind) and not getattr(device, kind):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -106,8 +106,10 @@ def quiet_libraries() -> None:
     """Keep the libraries' bars and warnings off the console: warnings go to train.log, our progress shows the rest."""
     import warnings
 
-    import datasets
-    import transformers
+    with redirect_stdout(sys.stderr):  # where transformers tells, once, of WANDB_MODE=offline
+        import datasets
+        import transformers
+        import transformers.integrations.integration_utils
 
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     warnings.filterwarnings(
@@ -146,7 +148,7 @@ class RunTracker:
         import wandb
 
         if mode == "auto":
-            mode = "online" if _has_login() else "offline"
+            mode = "online" if has_login() else "offline"
         try:
             self._wandb = self._open(wandb, mode, extra_config)
         except Exception as error:  # W&B raises many kinds; none of them may end a training run
@@ -368,7 +370,7 @@ def _git_commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _has_login() -> bool:
+def has_login() -> bool:
     """Whether W&B has an API key here; nothing is asked over the network."""
     if os.environ.get("WANDB_API_KEY"):
         return True

@@ -72,6 +72,8 @@ def test_algorithms_do_not_import_each_other():
 
 def test_nothing_below_imports_run():
     for path in MODULES:
+        if path.parent.name == "commands":  # which stand beside train.py
+            continue
         assert "run" not in own(imports(path)), path
 
 

@@ -103,4 +103,6 @@ def test_a_card_names_a_hub_base_and_hides_a_local_one(tmp_path):
     write_card(model, tmp_path)
     assert front_matter(model)["library_name"] == "peft"
     text = (model / "README.md").read_text()
-    assert "| eval_loss | 1 |" in text and "AutoPeftModelForCausalLM" in text and "torch 2.13" in text
+    assert (
+        "| evaluation loss | 1.0000 |" in text and "AutoPeftModelForCausalLM" in text and "torch 2.13" in text
+    )

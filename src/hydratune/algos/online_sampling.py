@@ -10,8 +10,8 @@ import torch
 from hydratune.algos.online_evaluation import EvaluatingTrainer
 from hydratune.episodes import Episodes
 from hydratune.errors import UserError
-from hydratune.reward_models import turn_end
 from hydratune.rollout import Completions, Sampling, context_of, generate
+from hydratune.samples import stop_tokens
 from hydratune.vllm_server import VLLMServer, require_plain_lora
 
 
@@ -67,12 +67,8 @@ class SamplingTrainer(EvaluatingTrainer):
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The one stop rule, of generation, masks, scores and penalties: EOS, and what ends a turn of the chat template."""
-        tokenizer = self.processing_class
-        known = getattr(self.model.generation_config, "eos_token_id", None)
-        found = [tokenizer.eos_token_id, *(known if isinstance(known, list | tuple) else [known])]
-        if isinstance(self.train_dataset[0].get("prompt"), list):
-            found += [int(i) for i in turn_end(tokenizer)[:1] if int(i) in tokenizer.added_tokens_decoder]
-        return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < len(tokenizer)))
+        conversation = isinstance(self.train_dataset[0].get("prompt"), list)
+        return stop_tokens(self.model, self.processing_class, conversation=conversation)
 
     def _generate(self, prompts: list[Any], copies: int, generator: torch.Generator) -> Completions:
         policy, most = self.accelerator.unwrap_model(self.model), self.args.local_rollout_forward_batch_size

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,23 +12,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from hydratune.commands.common import clear
 from hydratune.errors import UserError, Violation, nearest
 
 app = typer.Typer(no_args_is_help=True, help="Studies: their state, their best trial, their dashboard.")
 HOME = Path("outputs/sweeps")
 StudyName = Annotated[str, typer.Argument(help="A study's folder, or its name under outputs/sweeps.")]
-
-
-def _clear(command: Callable[..., None]) -> Callable[..., None]:
-    @wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
-
-    return wrapped
 
 
 def find(study: str) -> Path:
@@ -52,14 +39,17 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 @app.command()
-@_clear
+@clear
 def status(
     study: Annotated[
         str | None, typer.Argument(help="A study's folder or name; none: list them all.")
     ] = None,
     rows: Annotated[int, typer.Option(help="Trials to show, the best first; 0 for all.")] = 20,
 ) -> None:
-    """How a study stands, as of its last finished trial; without a name, one line for each study."""
+    """How a study stands, as of its last finished trial; without a name, one line for each study.
+
+    Example: `hydratune sweep status STUDY --rows 0`
+    """
     from rich.table import Table
 
     console = Console(soft_wrap=True)
@@ -113,9 +103,12 @@ def _best_line(facts: dict[str, Any]) -> str:
 
 
 @app.command()
-@_clear
+@clear
 def best(study: StudyName) -> None:
-    """The command that runs the best trial again, or those of the Pareto front."""
+    """The command that runs the best trial again, or those of the Pareto front.
+
+    Example: `hydratune sweep best STUDY`
+    """
     folder = find(study)
     facts = read(folder)
     if not facts["front"]:
@@ -130,13 +123,16 @@ def best(study: StudyName) -> None:
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-@_clear
+@clear
 def rerun(
     context: typer.Context,
     study: StudyName,
     trial: Annotated[int | None, typer.Option(help="Number of the trial; default: the best.")] = None,
 ) -> None:
-    """Run one trial again as a run of its own; what follows is added to its command, e.g. max_steps=1000."""
+    """Run one trial again as a run of its own; what follows is added to its command.
+
+    Example: `hydratune sweep rerun STUDY --trial 3 max_steps=1000`
+    """
     folder = find(study)
     facts = read(folder)
     number = trial if trial is not None else next(iter(facts["front"]), None)
@@ -148,9 +144,12 @@ def rerun(
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-@_clear
+@clear
 def resume(context: typer.Context, study: StudyName) -> None:
-    """Go on with a study; what follows is added to its command, e.g. sweep.n_trials=60."""
+    """Go on with a study; what follows is added to its command.
+
+    Example: `hydratune sweep resume STUDY sweep.n_trials=60`
+    """
     folder = find(study)
     try:
         known = json.loads((folder / "command.json").read_text(encoding="utf-8"))
@@ -163,7 +162,7 @@ def resume(context: typer.Context, study: StudyName) -> None:
 
 
 @app.command()
-@_clear
+@clear
 def dashboard(
     study: StudyName,
     port: Annotated[int, typer.Option(help="Of the page.")] = 8080,
@@ -171,7 +170,10 @@ def dashboard(
         str | None, typer.Option(help="Of the study; default: the journal in its folder.")
     ] = None,
 ) -> None:
-    """Optuna's dashboard on 127.0.0.1, each trial with a note of its command and directory."""
+    """Optuna's dashboard on 127.0.0.1, each trial with a note of its command and directory.
+
+    Example: `hydratune sweep dashboard STUDY --port 8080`
+    """
     try:
         from optuna_dashboard import run_server
     except ImportError:

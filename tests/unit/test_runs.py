@@ -1,0 +1,249 @@
+"""Runs on disk: found, named, told apart, filtered and compared from their files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+import yaml
+
+from hydratune import runs
+from hydratune.errors import UserError
+from hydratune.runs import curve, differences, find_run, find_runs, matching, metric_names
+
+CONFIG = {
+    "lr": 1e-4,
+    "epochs": 2.0,
+    "max_steps": None,
+    "run_name": None,
+    "output_dir": "somewhere",
+    "trainer": {"learning_rate": 1e-4, "num_train_epochs": 2.0},
+    "peft": None,
+    "data": {"source": "builtin", "size": 64, "columns": {}},
+    "algo": {"name": "sft"},
+}
+
+
+def make(folder, *, age=0.0, config=None, summary=None, events=(), **settings):
+    """A run directory; its files are `age` seconds old, the summary the youngest of them."""
+    folder.mkdir(parents=True)
+    whole = {**CONFIG, **(config or {}), **settings}
+    (folder / "config.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    if summary is not None:
+        made = {
+            "status": "completed",
+            "algo": "sft",
+            "peft": None,
+            "metrics": {"final": {}, "best": {}},
+            **summary,
+        }
+        (folder / "summary.json").write_text(json.dumps(made))
+    at = time.time() - age
+    for file in folder.iterdir():
+        late = 0.001 if file.name == "summary.json" else 0.0
+        os.utime(file, (at + late, at + late))
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path):
+    """Three runs of one day, and a study with two trials; the last that wrote is c."""
+    make(
+        tmp_path / "day" / "10-00-00-a",
+        age=300,
+        summary={"steps": 10, "seconds": {"data": 1.0, "training": 2.0}},
+    )
+    make(
+        tmp_path / "day" / "11-00-00-b",
+        age=200,
+        lr=1e-3,
+        summary={"peft": "lora"},
+        config={"peft": {"type": "lora", "r": 8}},
+    )
+    make(tmp_path / "day" / "12-00-00-c", age=100, summary={"objective": {"name": "eval_loss", "value": 0.5}})
+    for number in (0, 1):
+        make(tmp_path / "sweeps" / "s" / str(number), age=400 + number, summary={})
+    (tmp_path / "sweeps" / "s" / "study.json").write_text("{}")
+    return tmp_path
+
+
+def test_every_run_is_found_the_last_that_wrote_first(home):
+    (home / "day" / "12-00-00-c" / "model").mkdir()
+    (home / "day" / "12-00-00-c" / "model" / "config.yaml").write_text("no: run")
+    (home / "notes.txt").write_text("none")
+    names = [run.name for run in find_runs(home)]
+    assert names == ["day/12-00-00-c", "day/11-00-00-b", "day/10-00-00-a", "sweeps/s/0", "sweeps/s/1"]
+    assert [run.name for run in find_runs(home / "day" / "10-00-00-a")] == ["10-00-00-a"]
+    assert find_runs(home / "nowhere") == []
+
+
+def test_a_trial_knows_its_study(home):
+    trial, run = find_run("s/1", home), find_run("b", home)
+    assert trial.trial_of == home / "sweeps" / "s" and run.trial_of is None
+
+
+@pytest.mark.parametrize("name", ["day/11-00-00-b", "00-b", "11-00", "day/11-00-00-b"])
+def test_a_run_is_named_by_its_end_or_another_part(home, name):
+    assert find_run(name, home).name == "day/11-00-00-b"
+
+
+def test_latest_is_the_one_that_wrote_last_and_a_directory_is_itself(home, monkeypatch):
+    assert find_run("latest", home).name == "day/12-00-00-c"
+    monkeypatch.chdir(home)
+    assert find_run("day/10-00-00-a", home / "sweeps").path.samefile(home / "day" / "10-00-00-a")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("00-00", "fits 3 runs"), ("12-00-00-d", "did you mean 'day/12-00-00-c'?"), ("zzz", "no such run")],
+)
+def test_a_name_that_fits_none_or_several_is_refused(home, name, said):
+    with pytest.raises(UserError, match="RUN") as error:
+        find_run(name, home)
+    assert said in str(error.value)
+
+
+def test_without_any_run_the_way_out_is_to_train_one(tmp_path):
+    with pytest.raises(UserError, match=r"python train\.py"):
+        find_run("latest", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("age", "summary", "metrics_later", "status"),
+    [
+        (0, None, 0, "running"),
+        (1000, None, 0, "stopped"),
+        (0, {"status": "failed"}, 0, "failed"),
+        (1000, {"status": "interrupted"}, 900, "running"),  # resumed, and it wrote just now
+        (1000, {"status": "interrupted"}, 100, "stopped"),  # resumed, then killed
+    ],
+    ids=["young", "old", "failed", "resumed", "resumed-and-killed"],
+)
+def test_the_status_is_that_of_the_summary_unless_metrics_came_after_it(
+    tmp_path, age, summary, metrics_later, status
+):
+    folder = make(tmp_path / "a", age=age, summary=summary)
+    if metrics_later:
+        at = time.time() - age + metrics_later
+        os.utime(folder / "metrics.jsonl", (at, at))
+    assert find_run("a", tmp_path).status == status
+
+
+def test_facts_settings_and_metrics_are_asked_for_by_name(home):
+    run = find_run("10-00-00-a", home)
+    found = {
+        key: run.value(key) for key in ("status", "steps", "seconds", "lr", "data.size", "algo", "nothing")
+    }
+    assert found == {
+        "status": "completed", "steps": 10, "seconds": 3.0, "lr": 1e-4, "data.size": 64, "algo": "sft", "nothing": None,
+    }  # fmt: skip
+    assert find_run("c", home).objective == ("eval_loss", 0.5) and find_run("b", home).objective == ("", None)
+    assert find_run("b", home).value("peft") == "lora"
+
+
+@pytest.mark.parametrize(
+    ("filters", "names"),
+    [
+        (["lr<1e-3"], "ca01"),
+        (["lr>=1e-3"], "b"),
+        (["lr=0.001"], "b"),
+        (["lr != 1e-4"], "b"),
+        (["peft=lora"], "b"),
+        (["name~10-00"], "a"),
+        (["lr<1e-3", "objective<1"], "c"),
+        (["status=completed", "data.size<=64"], "cba01"),
+        (["peft.r=8"], "b"),
+        (["lr>1"], ""),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else v or "none",
+)
+def test_every_filter_has_to_hold(home, filters, names):
+    assert "".join(run.name[-1] for run in matching(find_runs(home), filters)) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("lr", "is no filter"), ("lrr=1", "did you mean 'lr'?"), ("<1", "is no filter")]
+)
+def test_a_filter_that_cannot_be_read_is_refused(home, text, said):
+    with pytest.raises(UserError) as error:
+        matching(find_runs(home), [text])
+    assert said in str(error.value)
+
+
+def test_only_what_differs_is_told_and_once(tmp_path):
+    """learning_rate says what lr says; r is there because the adapter is; places are no settings."""
+    make(tmp_path / "a", output_dir="x", trainer={"learning_rate": 1e-4, "warmup_steps": 1})
+    lora = {"type": "lora", "r": 8}
+    make(
+        tmp_path / "b", output_dir="y", lr=1e-3, trainer={"learning_rate": 1e-3, "warmup_steps": 2}, peft=lora,
+        model={"architecture": {"model_type": "qwen2", "hidden_size": 8}},
+    )  # fmt: skip
+    found = differences([find_run(name, tmp_path) for name in "ab"])
+    assert found == {
+        "lr": [1e-4, 1e-3], "trainer.warmup_steps": [1, 2], "peft.type": [None, "lora"],
+        "model.architecture.model_type": [None, "qwen2"],
+    }  # fmt: skip
+    make(tmp_path / "c", peft={"type": "lora", "r": 16})
+    assert differences([find_run(name, tmp_path) for name in "bc"])["peft.r"] == [8, 16]
+
+
+def test_metrics_and_curves_come_from_the_log_a_torn_line_left_out(tmp_path):
+    events = [
+        {"step": 1, "epoch": 0.1, "time": 2.0, "loss": 3.0},
+        {"step": 2, "time": 3.0, "eval_loss": 2.0, "note": "x"},
+    ]
+    folder = make(tmp_path / "a", events=events)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    run = find_run("a", tmp_path)
+    assert metric_names([run]) == ["loss", "eval_loss"]
+    assert curve(run, "loss") == ([1], [3.0]) and curve(run, "eval_loss", "time") == ([3.0], [2.0])
+    assert curve(run, "loss", "epoch") == ([0.1], [3.0]) and curve(run, "nothing") == ([], [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "- 1\n- 2", "", "a: [1", "just text", "\tlr: 1"],
+    ids=["brace", "list", "empty", "open", "text", "tab"],
+)
+def test_torn_files_leave_a_run_without_settings(tmp_path, text):
+    folder = make(tmp_path / "a", summary={})
+    (folder / "config.yaml").write_text(text)
+    (folder / "summary.json").write_text("[1")
+    run = find_run("a", tmp_path)
+    assert run.config == {} and run.summary == {} and run.objective == ("", None)
+
+
+# what safe_dump makes of settings, and what people write by hand
+TEXTS = [
+    yaml.safe_dump(CONFIG, sort_keys=False),
+    yaml.safe_dump(CONFIG),
+    yaml.safe_dump({"a": {"b": {"c": [1, 2.5, "x"], "d": True}, "e": -1e-5}, "f": ["q_proj", "v_proj"]}),
+    yaml.safe_dump({"a": "yes", "b": "1e-4", "c": "2026-11-21", "d": "a: b", "e": "", "f": "~", "g": "0x10", "h": "null"}),
+    yaml.safe_dump({"a": "word " * 40, "b": float("inf"), "c": 1e22, "d": "#no", "e": "é", "f": "a #b"}),
+    yaml.safe_dump({"a": [], "b": {}, "c": [[1, 2]], "d": [{"x": 1}], "e": 10**20}),
+    "a: on\nb: 0777\nc: 1_000\nd: .5\ne: 5.\nf: 1e5\ng: +1\nh: -0\n",
+    "a: b  # why\n\n# what\nc:\n  d: 1\n",
+    "a:\nb: 1\n",
+    "a:\n  - 1\n  - 2\nb:\n- x\n",
+    "a:\n  b: 1\n   c: 2\n",
+    "a: 1\na: 2\n",
+    "a: |\n  text: more\nb: 2\n",
+    "a: 'it''s'\nb: \"x\\ty\"\nc: {d: 1}\n",
+    "a: trailing \nb: x\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_quick_reading_gives_what_yaml_gives_or_leaves_it_to_yaml(text):
+    quick = runs._quickly(text)
+    if quick is not None:
+        assert quick == runs._slowly(text)
+        assert list(map(type, quick.values())) == list(map(type, runs._slowly(text).values()))
+
+
+def test_a_usual_config_is_read_quickly():
+    assert runs._quickly(TEXTS[0]) == runs._slowly(TEXTS[0]) and runs._quickly(TEXTS[2]) is not None
