@@ -42,3 +42,19 @@ def merge(
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
     print(f"merged model in {saved}")
+
+
+@app.command()
+def dashboard(
+    folder: Annotated[Path, typer.Argument(help="Where the studies and runs are.")] = Path("outputs"),
+    port: Annotated[int, typer.Option(help="Of the page; 0: any free one.")] = 8080,
+    open: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+) -> None:
+    """One page on 127.0.0.1 for all studies and runs: filter, overlay, compare, live while they train."""
+    from hydratune.dashboard import start
+
+    try:
+        start(folder, port=port, show=open)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None

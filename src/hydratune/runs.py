@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from hydratune.tracking import read_metrics
 HOME = Path("outputs")
 STATES = ("running", "completed", "pruned", "failed", "interrupted", "stopped")
 _QUIET = 300  # seconds without a line of metrics or log after which a run without a summary is taken for dead
+_GROUPS = ("algo", "model", "data", "peft")
+_STUDY = {".study", "study.json"}  # the second is there after a first result
 _NOT_RUNS = {"checkpoints", "model", "base", "wandb", ".hydra", "artifacts"}
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as quick where libyaml is there
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -62,16 +64,32 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.yaml with dotted keys: {"algo.beta": 0.1, "lr": 1e-4, …}."""
+        found = _yaml(self.path / "config.yaml")
+        return dict(_flat(found)) if isinstance(found, dict) else {}
+
+    @cached_property
+    def choices(self) -> dict[str, str]:
+        """The entry picked of each group, from Hydra's own file, which is there when the run starts: {"peft": "lora", …}."""
+        found = _yaml(self.path / ".hydra" / "hydra.yaml")
         try:
-            text = (self.path / "config.yaml").read_text(encoding="utf-8")
-            return dict(_flat(yaml.load(text, Loader=_Loader) or {}))
-        except (OSError, yaml.YAMLError, AttributeError):
+            return {str(k): str(v) for k, v in found["hydra"]["runtime"]["choices"].items()}
+        except (KeyError, TypeError, AttributeError):
             return {}
+
+    @cached_property
+    def typed(self) -> list[str]:
+        """The keys that were set on the command line, in its order."""
+        found = _yaml(self.path / ".hydra" / "overrides.yaml")
+        return [str(o).partition("=")[0].lstrip("+~") for o in found] if isinstance(found, list) else []
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, read anew each time; a line that is being written is left out."""
-        return read_metrics(self.path)
+        """metrics.jsonl, read anew when it has changed; a line that is being written is left out."""
+        try:
+            stat = (self.path / "metrics.jsonl").stat()
+        except OSError:
+            return []
+        return _events(self.path, stat.st_mtime_ns, stat.st_size)
 
     @cached_property
     def last_sign(self) -> float:
@@ -102,7 +120,7 @@ class Run:
     @property
     def trial_of(self) -> Path | None:
         """The folder of the study that the run is a trial of."""
-        return self.path.parent if (self.path.parent / "study.json").is_file() else None
+        return self.path.parent if any((self.path.parent / mark).is_file() for mark in _STUDY) else None
 
     def value(self, key: str) -> Any:
         """A fact of the run by name: status, name, started, objective, a field of the summary (seconds, steps, …), a final
@@ -114,7 +132,10 @@ class Run:
         if key == "seconds":
             return sum(self.summary["seconds"].values()) if "seconds" in self.summary else None
         final = (self.summary.get("metrics") or {}).get("final") or {}
-        for facts in (self.summary, final, self.config):
+        groups = (
+            {} if self.summary else {g: self.choices.get(g) for g in _GROUPS}
+        )  # before there is a summary
+        for facts in (self.summary, final, groups, self.config):
             if facts.get(key) is not None and not isinstance(facts[key], dict | list):
                 return facts[key]
         return None
@@ -125,6 +146,24 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _yaml(path: Path) -> Any:
+    return _parsed(path, _modified(path))
+
+
+@lru_cache(maxsize=8192)
+def _parsed(path: Path, modified: float) -> Any:
+    """A file of YAML; None when it is not there or torn. Hundreds are read anew every few seconds."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+
+
+@lru_cache(maxsize=256)
+def _events(folder: Path, modified: int, size: int) -> list[dict[str, Any]]:
+    return read_metrics(folder)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -138,19 +177,30 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 def find_runs(home: Path = HOME) -> list[Run]:
     """Every run and trial below a folder, the one that wrote last first; the folder itself when it is one."""
     found = [
-        Run(folder, str(folder.relative_to(home)) if folder != home else home.name) for folder in _walk(home)
+        Run(folder, str(folder.relative_to(home)) if folder != home else home.name)
+        for folder, is_run in _walk(home)
+        if is_run
     ]
     return sorted(found, key=lambda run: (-run.last_sign, run.name))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def find_studies(home: Path = HOME) -> list[Path]:
+    """The folder of every study below a folder, or that folder itself, begun or done."""
+    return [folder for folder, is_run in _walk(home) if not is_run]
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Folders of runs (True) and of studies (False)."""
     try:
         entries = list(os.scandir(folder))
     except OSError:
         return
-    if {"config.yaml", "summary.json"} & {entry.name for entry in entries}:
-        yield folder
+    names = {entry.name for entry in entries}
+    if {"config.yaml", "summary.json"} & names:
+        yield folder, True
         return
+    if _STUDY & names:
+        yield folder, False
     for entry in entries:
         if entry.is_dir(follow_symlinks=False) and entry.name not in _NOT_RUNS:
             yield from _walk(folder / entry.name)
@@ -163,7 +213,7 @@ def find_run(name: str, home: Path = HOME) -> Run:
         UserError: there is none, or several have that name.
     """
     given = Path(name).expanduser()
-    if given.is_dir() and next(_walk(given), None) == given:
+    if given.is_dir() and next(_walk(given), None) == (given, True):
         return Run(given, name)
     runs = find_runs(home)
     if name == "latest" and runs:
