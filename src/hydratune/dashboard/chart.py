@@ -11,14 +11,11 @@ _DASHES = ("solid", "dot", "dash", "dashdot")
 _INK, _LINE = "#7d828b", "rgba(128,132,140,.22)"  # readable on light and dark
 
 
-def chart(
-    curves: Sequence[tuple[str, int, Any]], along: str, *, smoothed: bool, log: bool, keep: str
-) -> dict[str, Any]:
+def chart(curves: Sequence[tuple[str, int, Any]], along: str, *, smoothed: bool, log: bool) -> dict[str, Any]:
     """A figure of plotly.
 
     Args:
         curves: run, slot of its colour, points (x, y, smoothed y).
-        keep: what the reader has zoomed to stays while this does.
     """
     data: list[dict[str, Any]] = []
     for name, slot, (x, y, smooth) in curves:
@@ -42,7 +39,7 @@ def chart(
         })  # fmt: skip
     axis: dict[str, Any] = {"gridcolor": _LINE, "zeroline": False, "linecolor": _LINE, "automargin": True}
     layout = {
-        "showlegend": False, "height": TALL, "margin": {"l": 48, "r": 12, "t": 8, "b": 36}, "uirevision": keep,
+        "showlegend": False, "height": TALL, "margin": {"l": 48, "r": 12, "t": 8, "b": 36},
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "font": {"color": _INK, "size": 11, "family": "inherit"},
         "hovermode": "closest", "hoverlabel": {"namelength": -1},
         "xaxis": {**axis, "title": {"text": "seconds" if along == "time" else along, "standoff": 6}},

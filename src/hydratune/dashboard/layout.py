@@ -10,7 +10,7 @@ from urllib.parse import quote
 import dash_ag_grid
 from dash import dcc, html
 
-from hydratune.dashboard.chart import COLOURS, TALL
+from hydratune.dashboard.chart import COLOURS, TALL, chart
 from hydratune.runs import Run, differences
 
 EVERY = 2000  # milliseconds between two looks at the runs
@@ -201,6 +201,7 @@ def chart_frame(metric: str) -> Any:
             html.Figcaption(metric),
             dcc.Graph(
                 id={"type": "chart", "metric": metric},
+                figure=chart([], "step", smoothed=False, log=False),
                 responsive=True,
                 style={"height": TALL},
                 config={"displaylogo": False, "displayModeBar": False, "doubleClickDelay": 400},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote
 
-from dash import ALL, MATCH, Dash, Input, Output, State, ctx, no_update
+from dash import ALL, MATCH, Dash, Input, Output, Patch, State, ctx, no_update
 
 from hydratune.dashboard import layout, library
 from hydratune.dashboard.chart import chart
@@ -227,13 +227,12 @@ def _curve_callbacks(app: Dash, runs: Library) -> None:
             (run.name, slots[run.name], library.points(run, own["metric"], along, degree, room))
             for run in found
         ]
-        return chart(
-            [line for line in lines if line[2][0]],
-            along,
-            smoothed=degree > 0,
-            log=bool(log),
-            keep=f"{along} {log}",
-        )
+        figure = chart([line for line in lines if line[2][0]], along, smoothed=degree > 0, log=bool(log))
+        if ctx.triggered_id not in ("curves", "smoothing"):
+            return figure
+        points = Patch()  # only these, so that what the reader has zoomed to stays
+        points["data"] = figure["data"]
+        return points
 
 
 def _found(runs: Library, store: Any) -> tuple[list[Run], dict[str, int]]:

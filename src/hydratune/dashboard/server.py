@@ -22,6 +22,7 @@ from hydratune.dashboard.library import Library
 from hydratune.dashboard.page import build
 from hydratune.dashboard.studies import Curves, Studies
 from hydratune.errors import UserError, Violation
+from hydratune.runs import find_runs, find_studies
 
 HOST = "127.0.0.1"
 _NAMES = ("127.0.0.1", "localhost", "[::1]")  # another name that leads here is a trick of some web page's
@@ -159,12 +160,14 @@ def serve(home: Path, *, port: int, show: bool, path: str = "/") -> None:
     try:
         listening = socket.create_server((HOST, port))
     except (OSError, OverflowError) as error:
-        why = f"cannot be used ({getattr(error, 'strerror', None) or error})"
+        number = getattr(error, "errno", None)
+        why = f"cannot be used ({os.strerror(number) if number else error})"
         fix = "give another one; 0 is any free one"
         raise UserError(Violation("--port", port, why, fix)) from None
     server = make_server(HOST, port, application(home.absolute()), threaded=True, request_handler=_Quiet, fd=listening.fileno())  # fmt: skip
     address = f"http://{HOST}:{listening.getsockname()[1]}{path}"
-    print(f"{address} shows {home} (Ctrl-C ends it)", flush=True)
+    empty = "" if find_runs(home) or find_studies(home) else "; nothing is there yet, what starts will appear"
+    print(f"{address} shows {home}{empty} (Ctrl-C ends it)", flush=True)
     screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if show and screen:
         webbrowser.open(address)
