@@ -51,7 +51,7 @@ def dashboard(
     open: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
     """One page on 127.0.0.1 for all studies and runs: filter, overlay, compare, live while they train."""
-    from hydratune.dashboard import start
+    from hydratune.dashboard.start import start
 
     try:
         start(folder, port=port, show=open)

@@ -97,8 +97,11 @@ def address(home) -> str:
             said = server.stdout.readline()
             yield re.search(r"http://127\.0\.0\.1:\d+", said)[0]
         finally:
-            server.send_signal(signal.SIGINT)
-            assert server.wait(20) == 0  # Ctrl-C is how it ends
+            server.send_signal(signal.SIGINT)  # Ctrl-C is how it ends
+            try:
+                assert server.wait(20) == 0
+            finally:
+                server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -350,19 +353,22 @@ def test_nothing_is_changed_and_nothing_else_is_served(address, home):
     assert "config.yaml" in asked(f"{address}/runs/done/slow/")[1]
 
 
-def test_what_cannot_be_served_is_one_clear_message(address, home, tmp_path, monkeypatch, capsys):
-    from hydratune.dashboard import start
-    from hydratune.errors import UserError
-
+def test_what_cannot_be_served_is_one_clear_message(address, home, tmp_path):
     port = address.rpartition(":")[2]
-    done = subprocess.run(
-        [*HYDRATUNE, "dashboard", str(home), "--port", port], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2 and f"--port = {port}: cannot be used (Address already in use)" in done.stderr
-    with pytest.raises(UserError, match="is no folder"):
-        start(tmp_path / "none", port=0, show=False)
-    for name in [n for n in sys.modules if n.startswith("hydratune.dashboard.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "dash_ag_grid", None)
-    with pytest.raises(UserError, match=r"needs the package dash_ag_grid[\s\S]*hydratune\[dashboard\]"):
-        start(home, port=0, show=False)
+    without = "import sys; sys.modules['dash_ag_grid'] = None; " + HYDRATUNE[2]
+    for program, arguments, why in (
+        (
+            HYDRATUNE[2],
+            [str(home), "--port", port],
+            f"--port = {port}: cannot be used (Address already in use)",
+        ),
+        (HYDRATUNE[2], [str(tmp_path / "none")], "is no folder"),
+        (
+            without,
+            [str(home), "--port", "0"],
+            "needs the package dash_ag_grid\n    → pip install 'hydratune[dashboard]'",
+        ),
+    ):
+        line = [sys.executable, "-c", program, "dashboard", *arguments]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and why in done.stderr and "Traceback" not in done.stderr

@@ -170,6 +170,6 @@ def dashboard(
     open: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
     """Optuna's dashboard of one study on 127.0.0.1, with its runs; `hydratune dashboard` shows all."""
-    from hydratune.dashboard import start
+    from hydratune.dashboard.start import start
 
     start(find(study), port=port, show=open, path="/dashboard/studies/1")
