@@ -139,16 +139,19 @@ def test_completions_stand_side_by_side_by_prompt(tmp_path):
         (folder / "samples.jsonl").write_text(
             "".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows) + '{"pro'
         )
-    (tmp_path / "a" / "generations.jsonl").write_text(
-        '{"step": 1, "prompt": "p", "completion": "old"}\n{"step": 2, "prompt": "p", "completion": "new"}\n'
-    )
+    told = [("p", "old"), ("q", "one"), ("p", "new")]
+    lines = [json.dumps({"step": i, "prompt": p, "completion": c}) + "\n" for i, (p, c) in enumerate(told)]
+    (tmp_path / "a" / "generations.jsonl").write_text("".join(lines))
     runs = sorted(Library(tmp_path).runs(), key=lambda r: r.name)
     found = {
         prompt: [a and a["completion"] for a in answers]
         for prompt, answers in library.completions(runs, "samples")
     }
     assert found == {"q": ["2", "3"], "p": ["1", None], "r": [None, "4"]} and next(iter(found)) == "q"
-    assert library.completions(runs, "generations")[0][1][0]["completion"] == "new"
+    newest = [
+        (prompt, answers[0]["completion"]) for prompt, answers in library.completions(runs, "generations")
+    ]
+    assert newest == [("p", "new"), ("q", "one")]
 
 
 def test_studies_are_found_before_they_have_a_result(tmp_path):

@@ -35,7 +35,7 @@ def page(home: Path, rows: list[dict[str, Any]], columns: list[dict[str, Any]]) 
             *(dcc.Store(id=name) for name in ("seen", "picked", "curves", "said", "address")),
             html.Header(
                 [
-                    html.H1([html.A("hydratune", href="/"), html.Span(str(home))]),
+                    html.H1([html.A("hydratune", href="/"), html.Span(str(_near(home)))]),
                     html.P(id="counts"),
                     html.A("Studies in Optuna's dashboard", href="/dashboard", className="button"),
                 ]
@@ -94,6 +94,10 @@ def page(home: Path, rows: list[dict[str, Any]], columns: list[dict[str, Any]]) 
             ),
         ]
     )  # fmt: skip
+
+
+def _near(folder: Path) -> Path:
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def _switch(name: str, options: list[str], value: str) -> Any:

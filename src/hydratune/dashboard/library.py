@@ -168,14 +168,17 @@ def completions(runs: Sequence[Run], source: str) -> list[tuple[str, list[dict[s
     """Prompts, and what each run said to them, None where it was not asked; what most runs were asked first.
 
     Args:
-        source: "samples" or "generations"; of the latter the last of each prompt.
+        source: "samples", in their order, or "generations", the newest first and of each prompt the last.
     """
     said: dict[str, list[dict[str, Any] | None]] = {}
     for i, run in enumerate(runs):
         for answer in _rows(run.path / f"{source}.jsonl"):
             prompt = str(answer.get("prompt", ""))
+            if source == "generations" and prompt in said:
+                said[prompt] = said.pop(prompt)  # at the end, where the newest are
             said.setdefault(prompt, [None] * len(runs))[i] = answer
-    return sorted(said.items(), key=lambda item: sum(answer is None for answer in item[1]))
+    found = list(said.items()) if source == "samples" else list(said.items())[::-1]
+    return sorted(found, key=lambda item: sum(answer is None for answer in item[1]))
 
 
 def stamp(runs: Iterable[Run], *files: str) -> str:
