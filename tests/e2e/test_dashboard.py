@@ -349,6 +349,9 @@ def test_nothing_is_changed_and_nothing_else_is_served(address, home):
     ):
         assert "a text of another folder" not in asked(address + path)[1]
     assert asked(f"{address}/runs/none")[0] == 404
+    told = {"storage": "postgresql://me:secret@db/studies"}
+    (home / "done" / "slow" / "trial.json").write_text(json.dumps(told))
+    assert "postgresql://me:***@db/studies" in asked(f"{address}/runs/done/slow/trial.json")[1]
     assert "lr: 0.0001" in asked(f"{address}/runs/done/slow/config.yaml")[1]
     assert "config.yaml" in asked(f"{address}/runs/done/slow/")[1]
 

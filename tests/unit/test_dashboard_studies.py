@@ -112,6 +112,17 @@ def test_a_study_that_does_not_open_is_told_and_does_not_hide_the_others(home):
     assert union.unreadable[folder / "new"] == "no trial has begun"
 
 
+def test_a_database_that_has_gone_does_not_hide_the_other_studies(home, monkeypatch):
+    union = Studies(home[0])
+    (place,) = [p for p in union.places() if p.name == "kept"]
+
+    def gone():
+        raise ConnectionError("the database does not answer")
+
+    monkeypatch.setattr(place.storage, "get_all_studies", gone)
+    assert {s.study_name for s in union.get_all_studies()} == {"a", "b"}
+
+
 def test_a_moved_study_is_read_from_where_it_is(home, tmp_path):
     folder, _ = home
     (folder / "b").rename(folder / "moved")

@@ -67,8 +67,12 @@ def _table_callbacks(app: Dash, runs: Library, studies: Studies) -> None:
             rows, columns = _table(now, text or "")
         except ValueError as error:
             (rows, columns), message = _table(now, ""), str(error)
-        cards = [_study(studies, place) for place in studies.places()][::-1]
-        closed = {str(folder): why for folder, why in studies.unreadable.items()}
+        cards, closed = [], {str(folder): why for folder, why in studies.unreadable.items()}
+        for place in studies.places()[::-1]:
+            try:
+                cards.append(_study(studies, place))
+            except Exception as error:  # its database has gone: of a driver, many kinds
+                closed[str(place.folder)] = (str(error).splitlines() or [type(error).__name__])[0]
         shown, live = sum(r["shown"] for r in rows), sum(r["status"] == "running" for r in rows)
         counts = f"{shown} of {len(rows)} runs" if shown < len(rows) else f"{len(rows)} runs"
         counts += f", {live} running" if live else ""
@@ -155,11 +159,12 @@ def _selection_callbacks(app: Dash, runs: Library, studies: Studies) -> None:
     )  # fmt: skip
     def watch(_: Any, picked: dict[str, int] | None, curves: Any, said: Any) -> Any:
         """Notices that a selected run has written something."""
-        found = runs.some(picked or {})[: layout.MOST]
+        there = runs.some(picked or {})
+        found = there[: layout.MOST]
         slots = {run.name: (picked or {})[run.name] for run in found}
         now = {
             "runs": slots,
-            "of": len(picked or {}),
+            "of": len(there),
             "stamp": library.stamp(found, "metrics.jsonl", "report.html"),
         }
         told = {"runs": slots, "stamp": library.stamp(found, "samples.jsonl", "generations.jsonl")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mimetypes
 import os
+import re
 import socket
 import sys
 import webbrowser
@@ -25,7 +26,7 @@ from hydratune.errors import UserError, Violation
 from hydratune.runs import find_runs, find_studies
 
 HOST = "127.0.0.1"
-_NAMES = ("127.0.0.1", "localhost", "[::1]")  # another name that leads here is a trick of some web page's
+_NAMES = {"127.0.0.1", "localhost"}  # another name that leads here is a trick of some web page's
 _OPTUNA = {"dashboard", "api", "static", "artifacts", "csv", "favicon.ico", "incompatible-rdb-schema"}
 _CHANGE = "This dashboard shows studies and takes notes; it does not change them. Use the command line."
 # Of the first kind our pages and Dash's; of the second what runs have written. Neither may ask anything of another machine.
@@ -33,6 +34,7 @@ _PAGE = "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; st
 _FILE = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:"
 _WAY_BACK = b"""<style>#dashboard a:not([class]) { color:#3f8cf0 } #runs { position:fixed; z-index:2000; top:14px; right:24px; color:#fff;
 background:#2f6fde; border-radius:8px; padding:6px 14px; font:600 14px system-ui,sans-serif; text-decoration:none }</style><a id="runs" href="/">Runs</a>"""
+_PASSWORD = re.compile(r"(://[^:/@\s\"]*:)[^@/\s\"]+@")  # of a study's database, in what its trials were told
 _TEXT = {".jsonl", ".json", ".yaml", ".yml", ".log", ".md", ".sh", ".csv", ".txt", ".jinja", ".py", ""}
 
 
@@ -45,13 +47,11 @@ def application(home: Path) -> Callable[..., Iterable[bytes]]:
     optuna = optuna_dashboard(studies, artifact_store=Curves(studies))
 
     def serve(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        if (
-            environ.get("HTTP_HOST", "").rpartition(":")[0] not in _NAMES
-            and environ.get("HTTP_HOST") not in _NAMES
-        ):
+        asked = environ.get("HTTP_HOST", "")
+        if not {asked, asked.rpartition(":")[0]} & _NAMES:
             return _refuse(start, "Only requests to 127.0.0.1 or localhost are answered.")
         path = environ.get("PATH_INFO", "/")
-        if path.split("/")[1:2] and path.split("/")[1] in _OPTUNA:
+        if path.lstrip("/").partition("/")[0] in _OPTUNA:
             method = environ["REQUEST_METHOD"]
             if method not in ("GET", "HEAD") and not (method == "PUT" and path.endswith("/note")):
                 return _refuse(start, _CHANGE)
@@ -121,7 +121,11 @@ def _serve_files(server: Flask, home: Path) -> None:
                 curves=f"/?{'run' if is_run else 'filter'}={below}" if below else "/",
             )
         kind = "text/plain" if path.suffix in _TEXT else mimetypes.guess_type(path.name)[0]
-        answer = send_file(path, mimetype=kind or "application/octet-stream")
+        if path.suffix in _TEXT and path.suffix not in (".jsonl", ".csv"):
+            text = _PASSWORD.sub(r"\1***@", path.read_text(encoding="utf-8", errors="replace"))
+            answer = Response(text, mimetype=kind)
+        else:
+            answer = send_file(path, mimetype=kind or "application/octet-stream")
         answer.headers["Content-Security-Policy"] = _FILE
         return answer
 

@@ -7,7 +7,6 @@ that leads to its run; both are made up when they are read, so that nothing is w
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import re
@@ -161,13 +160,17 @@ class Studies(BaseStorage):
     def get_all_studies(self) -> list[FrozenStudy]:
         found = []
         for place in self.places():
-            with place.lock, contextlib.suppress(KeyError, ValueError):  # deleted elsewhere
-                (study,) = [
-                    copy.copy(s) for s in place.storage.get_all_studies() if s._study_id == place.study
-                ]
-                study.study_name, study._study_id = place.name, place.number
-                study.system_attrs = self._attributes(place, study.system_attrs)
+            try:
+                with place.lock:
+                    (study,) = [s for s in place.storage.get_all_studies() if s._study_id == place.study]
+                    study = copy.copy(study)
+                    study.study_name, study._study_id = place.name, place.number
+                    study.system_attrs = self._attributes(place, study.system_attrs)
                 found.append(study)
+            except (
+                Exception
+            ):  # of a driver, many kinds: a database that has gone must not hide the other studies
+                continue
         return found
 
     def get_study_id_from_name(self, study_name: str) -> int:
