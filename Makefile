@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
 
-.PHONY: train test check bench setup clean
+.PHONY: train test check bench dashboard setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [ARGS=\"algo=sft peft=lora\"]   set up and train"
 	@echo "make test  [ARGS=\"-k packing\"]           set up and run the tests"
+	@echo "make dashboard [ARGS=\"--port 8081\"]     set up and browse studies and runs on 127.0.0.1"
 	@echo "make check                               lint, format, types"
 	@echo "make bench                               benchmarks against TRL and transformers"
 
@@ -22,6 +23,10 @@ $(VENV)/.base: pyproject.toml requirements.lock
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) -e ".[dev,bench]"
+	@touch $@
+
+$(VENV)/.dashboard: $(VENV)/.base
+	$(PIP) -e ".[dashboard]"
 	@touch $@
 
 setup: $(VENV)/.base
@@ -42,6 +47,9 @@ bench: $(VENV)/.dev
 	for algo in reward dpo kto; do $(BIN)/python bench/preference.py $$algo || exit 1; done
 	$(BIN)/python bench/rl.py ppo grpo --rounds 2
 	$(BIN)/python bench/generation.py --rounds 2 --sequences 32 --new-tokens 32
+
+dashboard: $(VENV)/.dashboard
+	$(BIN)/hydratune dashboard $(ARGS)
 
 clean:
 	rm -rf $(VENV)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from hydratune.commands import chat, compare, doctor, evaluate, export, generate, runs
+from hydratune.commands import chat, compare, dashboard, doctor, evaluate, export, generate, runs
 from hydratune.sweep.commands import app as sweep
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, rich_markup_mode="markdown")
@@ -23,4 +23,5 @@ app.command("eval")(evaluate.evaluate)
 app.command()(export.export)
 app.command()(export.merge)
 app.command()(doctor.doctor)
+app.command()(dashboard.dashboard)
 app.add_typer(sweep, name="sweep")

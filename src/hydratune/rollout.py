@@ -161,8 +161,8 @@ def stream(
     Raises:
         UserError: the prompt is empty or leaves no room in the model's context.
     """
-    context = _context(model)
-    _check([prompt], context, 1, None)
+    context = context_of(model)
+    check_prompts([prompt], context, 1, None)
     with _generating(model):
         decoder = _Decoder(model, sampling, context)
         steps = decoder.limit(len(prompt))

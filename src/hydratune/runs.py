@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ HOME = Path("outputs")
 STATES = ("running", "completed", "pruned", "failed", "interrupted", "stopped")
 _QUIET = 300  # seconds without a line of metrics or log after which a run without a summary is taken for dead
 _NAMES = {"output_dir", "run_name", "resume", *(f"trainer.{name}" for name in ("output_dir", "run_name"))}
+_GROUPS = ("algo", "model", "data", "peft")
+_STUDY = {".study", "study.json"}  # the second is there after a first result
 _NOT_RUNS = {"checkpoints", "model", "base", "wandb", ".hydra", "artifacts"}
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
@@ -33,13 +35,6 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "~": lambda value, part: str(part).lower() in str(value).lower(),
 }
 _FILTER = re.compile(r"\s*([\w./\-]+)\s*(<=|>=|!=|<|>|=|~)\s*(.*?)\s*")
-_PAIR = re.compile(r"( *)([A-Za-z_][\w./-]*):(?: (.+))?")
-_ITEM = re.compile(r"( *)- (.+)")
-_INT = re.compile(r"-?(0|[1-9]\d*)")
-_FLOAT = re.compile(r"-?\d+\.\d*(e[+-]\d+)?")
-_TEXT = re.compile(r"[A-Za-z/][\w./+=-]*( [\w./+=-]+)*")
-_WORDS: dict[str, Any] = {"null": None, "true": True, "false": False, "{}": {}, "[]": []}
-_NOT_TEXT = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}
 
 
 @dataclass(frozen=True)
@@ -66,19 +61,32 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.yaml with dotted keys: {"algo.beta": 0.1, "lr": 1e-4, …}."""
+        found = _yaml(self.path / "config.yaml")
+        return dict(_flat(found)) if isinstance(found, dict) else {}
+
+    @cached_property
+    def choices(self) -> dict[str, str]:
+        """The entry picked of each group, from Hydra's own file, which is there when the run starts: {"peft": "lora", …}."""
+        found = _yaml(self.path / ".hydra" / "hydra.yaml")
         try:
-            text = (self.path / "config.yaml").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+            return {str(k): str(v) for k, v in found["hydra"]["runtime"]["choices"].items()}
+        except (KeyError, TypeError, AttributeError):
             return {}
-        quick = _quickly(text)
-        return _slowly(text) if quick is None else quick
+
+    @cached_property
+    def typed(self) -> list[str]:
+        """The keys that were set on the command line, in its order."""
+        found = _yaml(self.path / ".hydra" / "overrides.yaml")
+        return [str(o).partition("=")[0].lstrip("+~") for o in found] if isinstance(found, list) else []
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, read anew each time; a line that is being written is left out."""
-        from hydratune.tracking import read_metrics  # imports more than a list of runs has time for
-
-        return read_metrics(self.path)
+        """metrics.jsonl, read anew when it has changed; a line that is being written is left out."""
+        try:
+            stat = (self.path / "metrics.jsonl").stat()
+        except OSError:
+            return []
+        return _events(self.path, stat.st_mtime_ns, stat.st_size)
 
     @cached_property
     def last_sign(self) -> float:
@@ -109,7 +117,7 @@ class Run:
     @property
     def trial_of(self) -> Path | None:
         """The folder of the study that the run is a trial of."""
-        return self.path.parent if (self.path.parent / "study.json").is_file() else None
+        return self.path.parent if any((self.path.parent / mark).is_file() for mark in _STUDY) else None
 
     def value(self, key: str) -> Any:
         """A fact of the run by name: status, name, started, objective, a field of the summary (seconds, steps, …), a final
@@ -121,7 +129,10 @@ class Run:
         if key == "seconds":
             return sum(self.summary["seconds"].values()) if "seconds" in self.summary else None
         final = (self.summary.get("metrics") or {}).get("final") or {}
-        for facts in (self.summary, final, self.config):
+        groups = (
+            {} if self.summary else {g: self.choices.get(g) for g in _GROUPS}
+        )  # before there is a summary
+        for facts in (self.summary, final, groups, self.config):
             if facts.get(key) is not None and not isinstance(facts[key], dict | list):
                 return facts[key]
         return None
@@ -134,6 +145,29 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
+def _yaml(path: Path) -> Any:
+    return _parsed(path, _modified(path))
+
+
+@lru_cache(maxsize=8192)
+def _parsed(path: Path, modified: float) -> Any:
+    """A file of YAML; None when it is not there or torn. Hundreds are read anew every few seconds."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as quick where libyaml is there
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+
+
+@lru_cache(maxsize=256)
+def _events(folder: Path, modified: int, size: int) -> list[dict[str, Any]]:
+    from hydratune.tracking import read_metrics  # imports more than a list of runs has time for
+
+    return read_metrics(folder)
+
+
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         if isinstance(value, dict) and value:
@@ -142,84 +176,33 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _slowly(text: str) -> dict[str, Any]:
-    import yaml
-
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as quick where libyaml is there
-    try:
-        loaded = yaml.load(text, Loader=loader)
-    except yaml.YAMLError:
-        return {}
-    return dict(_flat(loaded)) if isinstance(loaded, dict) else {}
-
-
-def _quickly(text: str) -> dict[str, Any] | None:
-    """The same in a tenth of the time for what `yaml.safe_dump` makes of plain settings; None for anything else."""
-    found: dict[str, Any] = {}
-    above: list[tuple[int, str]] = []  # the keys that a line stands below, with their indents
-    indents = [0]  # of the sections that are open
-    opened = ""  # a key without a value, which its next line explains
-    for line in text.splitlines():
-        item = _ITEM.fullmatch(line)
-        if item and opened and len(item[1]) == above[-1][0]:
-            known, value = _scalar(item[2])
-            if not known or isinstance(value, dict | list):
-                return None
-            found.setdefault(opened, []).append(value)
-            continue
-        pair = _PAIR.fullmatch(line)
-        if pair is None:
-            return None
-        indent = len(pair[1])
-        if opened and opened not in found:
-            if indent <= indents[-1]:
-                return None
-            indents.append(indent)
-        while indents[-1] > indent:
-            indents.pop()
-        if indents[-1] != indent:
-            return None
-        while above and above[-1][0] >= indent:
-            above.pop()
-        name = ".".join([*(key for _, key in above), pair[2]])
-        if pair[3] is None:
-            above.append((indent, pair[2]))
-            opened = name
-            continue
-        known, found[name] = _scalar(pair[3])
-        if not known:
-            return None
-        opened = ""
-    return None if opened and opened not in found else found
-
-
-def _scalar(text: str) -> tuple[bool, Any]:
-    """A plain value, if it is one that can mean nothing else."""
-    if text in _WORDS:
-        return True, _WORDS[text]
-    if _INT.fullmatch(text):
-        return True, int(text)
-    if _FLOAT.fullmatch(text):
-        return True, float(text)
-    return _TEXT.fullmatch(text) is not None and text.lower() not in _NOT_TEXT, text
-
-
 def find_runs(home: Path = HOME) -> list[Run]:
     """Every run and trial below a folder, the one that wrote last first; the folder itself when it is one."""
     found = [
-        Run(folder, str(folder.relative_to(home)) if folder != home else home.name) for folder in _walk(home)
+        Run(folder, str(folder.relative_to(home)) if folder != home else home.name)
+        for folder, is_run in _walk(home)
+        if is_run
     ]
     return sorted(found, key=lambda run: (-run.last_sign, run.name))
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def find_studies(home: Path = HOME) -> list[Path]:
+    """The folder of every study below a folder, or that folder itself, begun or done."""
+    return [folder for folder, is_run in _walk(home) if not is_run]
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Folders of runs (True) and of studies (False)."""
     try:
         entries = list(os.scandir(folder))
     except OSError:
         return
-    if {"config.yaml", "summary.json"} & {entry.name for entry in entries}:
-        yield folder
+    names = {entry.name for entry in entries}
+    if {"config.yaml", "summary.json"} & names:
+        yield folder, True
         return
+    if _STUDY & names:
+        yield folder, False
     for entry in entries:
         if entry.is_dir(follow_symlinks=False) and entry.name not in _NOT_RUNS:
             yield from _walk(folder / entry.name)
@@ -232,7 +215,7 @@ def find_run(name: str, home: Path = HOME) -> Run:
         UserError: there is none, or several have that name.
     """
     given = Path(name).expanduser()
-    if given.is_dir() and next(_walk(given), None) == given:
+    if given.is_dir() and next(_walk(given), None) == (given, True):
         return Run(given, name)
     runs = find_runs(home)
     if name == "latest" and runs:

@@ -115,6 +115,7 @@ def test_the_small_commands_of_a_study(grid, tmp_path):
 def test_the_dashboard_serves_the_study_with_notes(grid):
     import urllib.request
 
+    pytest.importorskip("dash", reason="needs the extra [dashboard]")
     folder, _ = grid
     line = [
         sys.executable,
@@ -124,23 +125,17 @@ def test_the_dashboard_serves_the_study_with_notes(grid):
         "dashboard",
         str(folder),
         "--port",
-        "18734",
+        "0",
+        "--no-open",
     ]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def served() -> dict | None:
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         try:
-            with urllib.request.urlopen("http://127.0.0.1:18734/api/studies/0", timeout=2) as answer:
-                return json.load(answer)
-        except OSError:
-            return None
-
-    try:
-        wait_for(served)
-        trials = served()["trials"]
-    finally:
-        process.terminate()
-        process.wait()
+            address = process.stdout.readline().split()[0]
+            assert address.endswith("/dashboard/studies/1")
+            with urllib.request.urlopen(address.replace("/dashboard/", "/api/"), timeout=20) as answer:
+                trials = json.load(answer)["trials"]
+        finally:
+            process.terminate()
     assert [t["state"] for t in trials] == ["Complete", "Complete"]
     assert all(str(folder / str(t["number"])) in t["note"]["body"] for t in trials)
 

@@ -9,7 +9,6 @@ import time
 import pytest
 import yaml
 
-from hydratune import runs
 from hydratune.errors import UserError
 from hydratune.runs import curve, differences, find_run, find_runs, matching, metric_names
 
@@ -215,35 +214,3 @@ def test_torn_files_leave_a_run_without_settings(tmp_path, text):
     (folder / "summary.json").write_text("[1")
     run = find_run("a", tmp_path)
     assert run.config == {} and run.summary == {} and run.objective == ("", None)
-
-
-# what safe_dump makes of settings, and what people write by hand
-TEXTS = [
-    yaml.safe_dump(CONFIG, sort_keys=False),
-    yaml.safe_dump(CONFIG),
-    yaml.safe_dump({"a": {"b": {"c": [1, 2.5, "x"], "d": True}, "e": -1e-5}, "f": ["q_proj", "v_proj"]}),
-    yaml.safe_dump({"a": "yes", "b": "1e-4", "c": "2026-11-21", "d": "a: b", "e": "", "f": "~", "g": "0x10", "h": "null"}),
-    yaml.safe_dump({"a": "word " * 40, "b": float("inf"), "c": 1e22, "d": "#no", "e": "é", "f": "a #b"}),
-    yaml.safe_dump({"a": [], "b": {}, "c": [[1, 2]], "d": [{"x": 1}], "e": 10**20}),
-    "a: on\nb: 0777\nc: 1_000\nd: .5\ne: 5.\nf: 1e5\ng: +1\nh: -0\n",
-    "a: b  # why\n\n# what\nc:\n  d: 1\n",
-    "a:\nb: 1\n",
-    "a:\n  - 1\n  - 2\nb:\n- x\n",
-    "a:\n  b: 1\n   c: 2\n",
-    "a: 1\na: 2\n",
-    "a: |\n  text: more\nb: 2\n",
-    "a: 'it''s'\nb: \"x\\ty\"\nc: {d: 1}\n",
-    "a: trailing \nb: x\n",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_quick_reading_gives_what_yaml_gives_or_leaves_it_to_yaml(text):
-    quick = runs._quickly(text)
-    if quick is not None:
-        assert quick == runs._slowly(text)
-        assert list(map(type, quick.values())) == list(map(type, runs._slowly(text).values()))
-
-
-def test_a_usual_config_is_read_quickly():
-    assert runs._quickly(TEXTS[0]) == runs._slowly(TEXTS[0]) and runs._quickly(TEXTS[2]) is not None

@@ -26,7 +26,7 @@ _PURPOSES = {
     "postgres": "a sweep's storage in PostgreSQL",
     "slurm": "sweeps on SLURM",
     "ray": "sweeps on a Ray cluster",
-    "dashboard": "Optuna's dashboard of a sweep",
+    "dashboard": "the page of all runs and studies",
 }
 _NEEDS_CUDA = {"flash"}
 

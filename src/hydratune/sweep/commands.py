@@ -165,48 +165,13 @@ def resume(context: typer.Context, study: StudyName) -> None:
 @clear
 def dashboard(
     study: StudyName,
-    port: Annotated[int, typer.Option(help="Of the page.")] = 8080,
-    storage: Annotated[
-        str | None, typer.Option(help="Of the study; default: the journal in its folder.")
-    ] = None,
+    port: Annotated[int, typer.Option(help="Of the page; 0: any free one.")] = 8080,
+    open: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
 ) -> None:
-    """Optuna's dashboard on 127.0.0.1, each trial with a note of its command and directory.
+    """Optuna's dashboard of one study on 127.0.0.1, with its runs; `hydratune dashboard` shows all.
 
     Example: `hydratune sweep dashboard STUDY --port 8080`
     """
-    try:
-        from optuna_dashboard import run_server
-    except ImportError:
-        why = "needs the package optuna-dashboard"
-        raise UserError(Violation("dashboard", None, why, "pip install 'hydratune[dashboard]'")) from None
-    from hydratune.sweep.storage import open_storage
+    from hydratune.dashboard.start import start
 
-    folder = find(study)
-    opened = open_storage(storage or str(folder / "journal.log"))
-    write_notes(folder, opened)
-    print(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)")
-    run_server(opened, host="127.0.0.1", port=port)
-
-
-def write_notes(folder: Path, storage: Any) -> None:
-    """A note for every finished trial that has none: its command, its directory, why it failed."""
-    import optuna
-    from optuna_dashboard import get_note, save_note
-
-    facts = read(folder)
-    study = optuna.load_study(study_name=facts["name"], storage=storage)
-    ids = {t.number: t._trial_id for t in study.get_trials(deepcopy=False)}
-    for t in facts["trials"]:
-        if t["number"] not in ids or not t["ended"]:
-            continue
-        handle = optuna.trial.Trial(study, ids[t["number"]])
-        if not get_note(handle):
-            run = (folder / str(t["number"])).absolute()
-            lines = [
-                f"**{t['state']}** {t['reason']}",
-                f"Run directory: `{run}`",
-                f"Curves: `{run / 'report.html'}`",
-            ]
-            if command := facts["commands"].get(str(t["number"])):
-                lines.append(f"```\n{command}\n```")
-            save_note(handle, "\n\n".join(lines))
+    start(find(study), port=port, show=open, path="/dashboard/studies/1")
