@@ -14,7 +14,7 @@ HEAD = """\
 Made from the declarations by `python -m hydratune.option_tables > docs/options.md`; a test keeps it fresh.
 
 Besides these, every field of `transformers.TrainingArguments` is `trainer.FIELD`, every field of the chosen peft config
-`peft.FIELD`, and `model.init_kwargs.NAME` goes to `from_pretrained` untouched.
+`peft.FIELD`, and `model.init_kwargs.NAME` goes to `from_pretrained` untouched. Equations: `algorithms/`.
 """
 
 
@@ -35,12 +35,27 @@ def document() -> str:
     for name in ("Model", "Data", "Tracking", "Sweep"):
         declared = options_of(f"hydratune.settings:{name}Settings").values()
         sections.append(table(f"{name}: `{name.lower()}.*`", f"{name.lower()}.", declared))
-    for algo in algos.names():
-        declared_in = config_class(f"hydratune.algos.{algo}", "BaseConfig")
-        assert declared_in is not None
-        own = [o for o in options_of(declared_in).values() if o.owner != "TrainingArguments"]
-        sections.append(table(f"Algorithm `{algo}`: `algo.*`", "algo.", own))
+    own = {algo: _own(algo) for algo in algos.names()}
+    first = next(iter(own.values()))
+    shared = [o for name, o in first.items() if all(_same(o, of.get(name)) for of in own.values())]
+    sections.append(table("Every algorithm: `algo.*`", "algo.", shared))
+    names = {o.name for o in shared}
+    for algo, declared in own.items():
+        rest = [o for o in declared.values() if o.name not in names]
+        sections.append(table(f"Algorithm `{algo}`: `algo.*`", "algo.", rest))
     return "\n".join([HEAD, *sections])
+
+
+def _same(one: Option, other: Option | None) -> bool:
+    """Whether two algorithms declare an option alike."""
+    return other is not None and (one.type, one.default, one.help) == (other.type, other.default, other.help)
+
+
+def _own(algo: str) -> dict[str, Option]:
+    """An algorithm's options, without those of transformers."""
+    declared_in = config_class(f"hydratune.algos.{algo}", "BaseConfig")
+    assert declared_in is not None
+    return {o.name: o for o in options_of(declared_in).values() if o.owner != "TrainingArguments"}
 
 
 if __name__ == "__main__":
