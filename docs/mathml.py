@@ -23,5 +23,7 @@ def on_page_content(html: str, **_: Any) -> str:
 def _converted(found: re.Match[str]) -> str:
     block = found[2] == "["
     made = convert(unescape(found[3]).strip(), display="block" if block else "inline")
-    made = made.replace("<mi>log</mi>", '<mi>log</mi><mspace width="0.17em"/>')  # browsers set none after a name
+    made = made.replace(
+        "<mi>log</mi>", '<mi>log</mi><mspace width="0.17em"/>'
+    )  # browsers set none after a name
     return f'<div class="equation">{made}</div>' if block else made

@@ -40,8 +40,8 @@ def document() -> str:
     shared = [o for name, o in first.items() if all(_same(o, of.get(name)) for of in own.values())]
     sections.append(table("Every algorithm: `algo.*`", "algo.", shared))
     names = {o.name for o in shared}
-    for algo, declared in own.items():
-        rest = [o for o in declared.values() if o.name not in names]
+    for algo, of in own.items():
+        rest = [o for o in of.values() if o.name not in names]
         sections.append(table(f"Algorithm `{algo}`: `algo.*`", "algo.", rest))
     return "\n".join([HEAD, *sections])
 
