@@ -117,6 +117,7 @@ def _draw(
     axes.spines["bottom"].set_color(line)
     axes.tick_params(colors=ink, labelsize=size, length=0)
     axes.locator_params(axis="y", nbins=5)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5))  # a small learning rate would not fit beside the axis
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))  # steps are whole
     axes.yaxis.get_offset_text().set(color=ink, fontsize=size)
     axes.margins(x=0.02)
