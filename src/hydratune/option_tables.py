@@ -21,12 +21,17 @@ Besides these, every field of `transformers.TrainingArguments` is `trainer.FIELD
 def table(title: str, prefix: str, options: Iterable[Option]) -> str:
     """A section with one row an option: name, type, default, help."""
     rows = [
-        f"| `{prefix}{o.name}` | `{o.type.replace('|', chr(92) + '|')}` | `{'null' if o.default is None else o.default}` | {o.help} |"
+        f"| `{prefix}{o.name}` | `{_words(o.type)}` | `{'null' if o.default is None else o.default}` | {o.help} |"
         for o in options
     ]
     return "\n".join(
         [f"## {title}", "", "| option | type | default | what |", "|---|---|---|---|", *rows, ""]
     )
+
+
+def _words(annotation: str) -> str:
+    """A type without bars, which Markdown's tables split at, and with what is typed for None."""
+    return annotation.replace(" | ", " or ").replace("None", "null")
 
 
 def document() -> str:

@@ -184,6 +184,34 @@ def test_every_command_line_is_understood(world, monkeypatch, capsys):
     assert not wrong, "\n".join(wrong)
 
 
+WRONG = (
+    "python train.py lrr=1", "python train.py algo=kto batch_size=1", "python train.py -m lr=1e-4,abc",
+    "accelerate launch train.py peft=lorra", "hydratune sweep stats", "hydratune merge RUN", "make nothing",
+    "python bench/nothing.py", "python bench/sft.py --nothing", "python -m hydratune.nothing",
+    "pip install 'hydratune[nothing]'", "wandb sweep sweeps/wandb/nothing.yaml", "nothing",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_wrong_command_line_is_found(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "hydratune.run", types.SimpleNamespace(run=_check))
+    assert understand(shlex.split(command))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_answer_that_is_shown_is_the_real_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shown = [
+        (name, text) for name in NAMES for _, _, text in blocks(ROOT / name) if text.startswith("$ python")
+    ]
+    assert len(shown) > 1
+    for name, text in shown:
+        command, _, answer = text.partition("\n")
+        train.main(shlex.split(command)[3:])
+        assert capsys.readouterr().err.strip() == answer.strip(), name
+
+
 def _check(settings):
     """In the place of a run: `check=true` where model and data are here, else the rules on its values.
 
