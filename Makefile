@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
 
-.PHONY: train test check bench dashboard setup clean
+.PHONY: train test check bench dashboard docs setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make dashboard [ARGS=\"--port 8081\"]     set up and browse studies and runs on 127.0.0.1"
 	@echo "make check                               lint, format, types"
 	@echo "make bench                               benchmarks against TRL and transformers"
+	@echo "make docs                                the documents as a site, in build/site"
 
 # torch alone first: its pinned version is then there when the other packages ask for any torch
 $(VENV)/.base: pyproject.toml requirements.lock
@@ -27,6 +28,10 @@ $(VENV)/.dev: $(VENV)/.base
 
 $(VENV)/.dashboard: $(VENV)/.base
 	$(PIP) -e ".[dashboard]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) -e ".[docs]"
 	@touch $@
 
 setup: $(VENV)/.base
@@ -50,6 +55,11 @@ bench: $(VENV)/.dev
 
 dashboard: $(VENV)/.dashboard
 	$(BIN)/hydratune dashboard $(ARGS)
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m hydratune.option_tables > docs/options.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 clean:
 	rm -rf $(VENV)

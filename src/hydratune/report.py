@@ -79,7 +79,7 @@ def write_report(out_dir: Path) -> None:
         seconds=[(phase, duration(s)) for phase, s in (summary.get("seconds") or {}).items()],
     )
     (out_dir / "report.html").write_text(html, encoding="utf-8")
-    _picture(charts, out_dir / "curves.png")
+    _picture(charts, out_dir / "curves.png", summary.get("run_name") or out_dir.name, _headline(summary))
 
 
 def _series(
@@ -96,7 +96,10 @@ def _series(
 
 
 def _draw(
-    axes: Any, series: dict[str, tuple[list[float], list[float]]], colours: tuple[str, str, str, str]
+    axes: Any,
+    series: dict[str, tuple[list[float], list[float]]],
+    colours: tuple[str, str, str, str],
+    size: float,
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -112,13 +115,14 @@ def _draw(
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(line)
-    axes.tick_params(colors=ink, labelsize=8, length=0)
+    axes.tick_params(colors=ink, labelsize=size, length=0)
     axes.locator_params(axis="y", nbins=5)
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5))  # a small learning rate would not fit beside the axis
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))  # steps are whole
-    axes.yaxis.get_offset_text().set(color=ink, fontsize=8)
+    axes.yaxis.get_offset_text().set(color=ink, fontsize=size)
     axes.margins(x=0.02)
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=ink)
+        axes.legend(frameon=False, fontsize=size, labelcolor=ink)
 
 
 def _figure(width: float, height: float, **margins: float) -> Any:
@@ -142,7 +146,7 @@ def _svg(title: str, series: dict[str, tuple[list[float], list[float]]], number:
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)
-        _draw(axes, series, (_TRAIN, _EVAL, _INK, _LINE))
+        _draw(axes, series, (_TRAIN, _EVAL, _INK, _LINE), 9.5)  # a phone shows it at nine tenths
         buffer = io.StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -157,25 +161,31 @@ def _svg(title: str, series: dict[str, tuple[list[float], list[float]]], number:
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
-def _picture(charts: list[tuple[str, Any]], path: Path) -> None:
+def _picture(charts: list[tuple[str, Any]], path: Path, name: str, facts: list[tuple[str, str]]) -> None:
+    """The first six charts under the run's name and numbers, for pasting where no page can be."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     shown = charts[:6]
     rows = max(1, (len(shown) + 1) // 2)
-    inch = 1 / (2.6 * rows)
+    height = 2.6 * rows + 0.6
+    inch = 1 / height
     figure = _figure(
         10,
-        2.6 * rows,
+        height,
         left=0.065,
         right=0.985,
         bottom=0.5 * inch,
-        top=1 - 0.3 * inch,
+        top=1 - 0.95 * inch,
         wspace=0.17,
         hspace=0.42,
     )
+    plain = {"ha": "left", "va": "top", "parse_math": False}
+    figure.text(0.02, 1 - 0.13 * inch, name[:90], fontsize=12, weight="bold", **plain)
+    line = " · ".join(f"{label.partition(',')[0]} {value}" for label, value in facts[:6])
+    figure.text(0.02, 1 - 0.38 * inch, line[:140], fontsize=9, color="#555555", **plain)
     for i, (title, series) in enumerate(shown):
         axes = figure.add_subplot(rows, 2, i + 1)
-        _draw(axes, series, ("#2f6fde", "#d9572b", "#555555", "#dddddd"))
+        _draw(axes, series, ("#2f6fde", "#d9572b", "#555555", "#dddddd"), 8)
         axes.set_title(title, fontsize=10, loc="left")
     FigureCanvasAgg(figure).print_png(str(path))
 
@@ -187,13 +197,8 @@ def _headline(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rewarded = bool(shown)
     for key, name in (("eval_loss", "evaluation loss"), ("loss", "training loss")):
         if key in final and not rewarded:  # the loss of an online run says nothing
-            shown.append(
-                (
-                    name,
-                    f"{final[key]:.4f}"
-                    + (f" (best {best[key]:.4f})" if best.get(key, final[key]) < final[key] else ""),
-                )
-            )
+            better = best.get(key, final[key]) < final[key]
+            shown.append((f"{name}, best {best[key]:.4f}" if better else name, f"{final[key]:.4f}"))
     if "eval_mean_token_accuracy" in final:
         shown.append(("token accuracy", f"{final['eval_mean_token_accuracy']:.1%}"))
     shown += [("reward accuracy", f"{final[key]:.1%}") for key in REWARD_ACCURACY if key in final]

@@ -332,7 +332,9 @@ def test_every_kept_search_runs_on_the_embedded_default(name, tmp_path):
 
 
 def test_the_wandb_sweep_file_names_what_can_be_set():
-    for path in (ROOT / "sweeps" / "wandb").glob("*.yaml"):
+    files = [*(ROOT / "sweeps" / "wandb").glob("*.yaml")]
+    assert files
+    for path in files:
         given = yaml.safe_load(path.read_text())
         assert given["command"][:2] == ["python", "train.py"] and given["command"][-1] == "${args_no_hyphens}"
         first = [f"{key}={(p.get('values') or [p.get('min')])[0]}" for key, p in given["parameters"].items()]

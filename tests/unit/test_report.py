@@ -50,6 +50,7 @@ def test_what_is_shown_is_escaped_and_nothing_is_requested(tmp_path):
     assert not re.findall(r"""(?:src|href)=["']?(?!#)[^"'> ]+""", page)
     assert not re.findall(r"url\((?!#)[^)]+\)", page) and "@import" not in page
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
+    assert "<b>1.5000</b><span>training loss, best 1.2000</span>" in page
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

@@ -28,6 +28,12 @@ from hydratune.tracking import read_metrics
 _EVERY = 15.0  # seconds between drawings while the sweep runs
 _POINTS = 400  # of one curve
 _COLOURS = ("#3b78e7", "#d9572b", "#2a9d5c", "#9657c9", "#c99a1e", "#d1477f", "#1fa3b8", "#7a7f87")
+_SCALE = [
+    [0.0, "rgb(122,92,240)"],
+    [0.5, "rgb(31,163,138)"],
+    [1.0, "rgb(227,162,26)"],
+]  # seen on light and on dark paper
+_NAMED = 8  # curves that are all named in the legend; of more, the best
 _STATES = {
     "COMPLETE": "#2a9d5c",
     "PRUNED": "#c99a1e",
@@ -116,11 +122,11 @@ def _json(figure: Any) -> str:
     for trace in figure.data:
         if bar and trace.customdata is not None and trace.mode == "lines":  # of the parallel coordinates
             place = 1 - trace.y[0] if bar[0].marker.reversescale else trace.y[0]
-            trace.line.color, trace.line.width, trace.opacity = sample_colorscale("Viridis", place)[0], 2, 0.8
+            trace.line.color, trace.line.width, trace.opacity = sample_colorscale(_SCALE, place)[0], 2, 0.8
         elif trace.type == "bar" and trace.name in _STATES:
             trace.marker.color = _STATES[trace.name]
         elif getattr(getattr(trace, "marker", None), "colorscale", None):
-            trace.marker.colorscale, trace.marker.line.width = "Viridis", 0
+            trace.marker.colorscale, trace.marker.line.width = _SCALE, 0
     return figure.to_json().replace("</", "<\\/")  # no text of a user's may end the script
 
 
@@ -274,7 +280,7 @@ def _curves(directory: Path, facts: dict[str, Any]) -> list[tuple[str, Any]]:
             steps, values = zip(*points, strict=True)
             figure.add_scatter(
                 x=steps, y=values, mode="lines+markers" if len(points) < 30 else "lines", name=f"{t['number']}{' ★' if best else ''}",
-                hovertext=f"trial {t['number']}, {t['state']}: {text}", opacity=1.0 if best else 0.65,
+                showlegend=best or len(facts["trials"]) <= _NAMED, hovertext=f"trial {t['number']}, {t['state']}: {text}", opacity=1.0 if best else 0.65,
                 line={"width": 3 if best else 1.5, "color": _COLOURS[i % len(_COLOURS)], "dash": "dot" if t["state"] == "pruned" else "solid"},
             )  # fmt: skip
         if figure.data:
