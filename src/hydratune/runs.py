@@ -22,10 +22,10 @@ from hydratune.errors import UserError, Violation, nearest
 from hydratune.tracking import read_metrics
 
 HOME = Path("outputs")
+_GROUPS = ("algo", "model", "data", "peft")
+_STUDY = {".study", "study.json"}  # what its folder holds; the second after a first result
 STATES = ("running", "completed", "pruned", "failed", "interrupted", "stopped")
 _QUIET = 300  # seconds without a line of metrics or log after which a run without a summary is taken for dead
-_GROUPS = ("algo", "model", "data", "peft")
-_STUDY = {".study", "study.json"}  # the second is there after a first result
 _NOT_RUNS = {"checkpoints", "model", "base", "wandb", ".hydra", "artifacts"}
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as quick where libyaml is there
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -64,32 +64,16 @@ class Run:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.yaml with dotted keys: {"algo.beta": 0.1, "lr": 1e-4, …}."""
-        found = _yaml(self.path / "config.yaml")
-        return dict(_flat(found)) if isinstance(found, dict) else {}
-
-    @cached_property
-    def choices(self) -> dict[str, str]:
-        """The entry picked of each group, from Hydra's own file, which is there when the run starts: {"peft": "lora", …}."""
-        found = _yaml(self.path / ".hydra" / "hydra.yaml")
         try:
-            return {str(k): str(v) for k, v in found["hydra"]["runtime"]["choices"].items()}
-        except (KeyError, TypeError, AttributeError):
+            text = (self.path / "config.yaml").read_text(encoding="utf-8")
+            return dict(_flat(yaml.load(text, Loader=_Loader) or {}))
+        except (OSError, yaml.YAMLError, AttributeError):
             return {}
-
-    @cached_property
-    def typed(self) -> list[str]:
-        """The keys that were set on the command line, in its order."""
-        found = _yaml(self.path / ".hydra" / "overrides.yaml")
-        return [str(o).partition("=")[0].lstrip("+~") for o in found] if isinstance(found, list) else []
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, read anew when it has changed; a line that is being written is left out."""
-        try:
-            stat = (self.path / "metrics.jsonl").stat()
-        except OSError:
-            return []
-        return _events(self.path, stat.st_mtime_ns, stat.st_size)
+        """metrics.jsonl, read anew each time; a line that is being written is left out."""
+        return read_metrics(self.path)
 
     @cached_property
     def last_sign(self) -> float:
@@ -122,6 +106,21 @@ class Run:
         """The folder of the study that the run is a trial of."""
         return self.path.parent if any((self.path.parent / mark).is_file() for mark in _STUDY) else None
 
+    @cached_property
+    def choices(self) -> dict[str, str]:
+        """The entry picked of each group, from Hydra's own file, which is there when the run starts: {"peft": "lora", …}."""
+        found = _yaml(self.path / ".hydra" / "hydra.yaml")
+        try:
+            return {str(k): str(v) for k, v in found["hydra"]["runtime"]["choices"].items()}
+        except (KeyError, TypeError, AttributeError):
+            return {}
+
+    @cached_property
+    def typed(self) -> list[str]:
+        """The keys that were set on the command line, in its order."""
+        found = _yaml(self.path / ".hydra" / "overrides.yaml")
+        return [str(o).partition("=")[0].lstrip("+~") for o in found] if isinstance(found, list) else []
+
     def value(self, key: str) -> Any:
         """A fact of the run by name: status, name, started, objective, a field of the summary (seconds, steps, …), a final
         metric (eval_loss), or a setting (lr, algo.beta; a group's entry as `peft`). None when it has none."""
@@ -152,18 +151,15 @@ def _yaml(path: Path) -> Any:
     return _parsed(path, _modified(path))
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=4096)
 def _parsed(path: Path, modified: float) -> Any:
-    """A file of YAML; None when it is not there or torn. Hundreds are read anew every few seconds."""
+    """A file of YAML; None when it is not there or torn. Those of a run that trains are asked for every second."""
+    import yaml
+
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-
-
-@lru_cache(maxsize=256)
-def _events(folder: Path, modified: int, size: int) -> list[dict[str, Any]]:
-    return read_metrics(folder)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
