@@ -64,29 +64,12 @@ class Run:
         found = _yaml(self.path / "config.yaml")
         return dict(_flat(found)) if isinstance(found, dict) else {}
 
-    @cached_property
-    def choices(self) -> dict[str, str]:
-        """The entry picked of each group, from Hydra's own file, which is there when the run starts: {"peft": "lora", …}."""
-        found = _yaml(self.path / ".hydra" / "hydra.yaml")
-        try:
-            return {str(k): str(v) for k, v in found["hydra"]["runtime"]["choices"].items()}
-        except (KeyError, TypeError, AttributeError):
-            return {}
-
-    @cached_property
-    def typed(self) -> list[str]:
-        """The keys that were set on the command line, in its order."""
-        found = _yaml(self.path / ".hydra" / "overrides.yaml")
-        return [str(o).partition("=")[0].lstrip("+~") for o in found] if isinstance(found, list) else []
-
     @property
     def events(self) -> list[dict[str, Any]]:
-        """metrics.jsonl, read anew when it has changed; a line that is being written is left out."""
-        try:
-            stat = (self.path / "metrics.jsonl").stat()
-        except OSError:
-            return []
-        return _events(self.path, stat.st_mtime_ns, stat.st_size)
+        """metrics.jsonl, read anew each time; a line that is being written is left out."""
+        from hydratune.tracking import read_metrics  # imports more than a list of runs has time for
+
+        return read_metrics(self.path)
 
     @cached_property
     def last_sign(self) -> float:
@@ -119,6 +102,21 @@ class Run:
         """The folder of the study that the run is a trial of."""
         return self.path.parent if any((self.path.parent / mark).is_file() for mark in _STUDY) else None
 
+    @cached_property
+    def choices(self) -> dict[str, str]:
+        """The entry picked of each group, from Hydra's own file, which is there when the run starts: {"peft": "lora", …}."""
+        found = _yaml(self.path / ".hydra" / "hydra.yaml")
+        try:
+            return {str(k): str(v) for k, v in found["hydra"]["runtime"]["choices"].items()}
+        except (KeyError, TypeError, AttributeError):
+            return {}
+
+    @cached_property
+    def typed(self) -> list[str]:
+        """The keys that were set on the command line, in its order."""
+        found = _yaml(self.path / ".hydra" / "overrides.yaml")
+        return [str(o).partition("=")[0].lstrip("+~") for o in found] if isinstance(found, list) else []
+
     def value(self, key: str) -> Any:
         """A fact of the run by name: status, name, started, objective, a field of the summary (seconds, steps, …), a final
         metric (eval_loss), or a setting (lr, algo.beta; a group's entry as `peft`). None when it has none."""
@@ -149,9 +147,9 @@ def _yaml(path: Path) -> Any:
     return _parsed(path, _modified(path))
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=4096)
 def _parsed(path: Path, modified: float) -> Any:
-    """A file of YAML; None when it is not there or torn. Hundreds are read anew every few seconds."""
+    """A file of YAML; None when it is not there or torn. Those of a run that trains are asked for every second."""
     import yaml
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as quick where libyaml is there
@@ -159,13 +157,6 @@ def _parsed(path: Path, modified: float) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-
-
-@lru_cache(maxsize=256)
-def _events(folder: Path, modified: int, size: int) -> list[dict[str, Any]]:
-    from hydratune.tracking import read_metrics  # imports more than a list of runs has time for
-
-    return read_metrics(folder)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -35,6 +35,19 @@ _NO_COLUMN = (
 _SPACES = re.compile(r"\s*(<=|>=|!=|<|>|=|~)\s*")
 
 
+class _Read(Run):
+    """A run whose metrics are read anew only when they have changed."""
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return _events(self.path, _stat(self.path / "metrics.jsonl"))
+
+
+@lru_cache(maxsize=256)
+def _events(folder: Path, stat: tuple[int, int]) -> list[dict[str, Any]]:
+    return Run(folder, "").events
+
+
 class Library:
     """The runs below a folder, as they are now."""
 
@@ -55,7 +68,7 @@ class Library:
         """The run with what was read of it before, when it has ended and has written nothing since."""
         before = self._runs.get(run.name)
         same = before is not None and before.last_sign == run.last_sign and before.status != "running"
-        return before if same and before is not None else run
+        return before if same and before is not None else _Read(run.path, run.name)
 
     def some(self, names: Iterable[str]) -> list[Run]:
         """Those runs of these names that there are."""
