@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -36,11 +37,17 @@ BATCH = {"per_device_train_batch_size": 32, "response_length": 24, "num_ppo_epoc
 PPO = BATCH | {"max_grad_norm": 0.0, "episodes": 512, "reward": "digits"}
 GRPO = BATCH | {"num_generations": 8, "temperature": 1.0, "episodes": 512, "reward": "digits"}
 LARGE = {"vocabulary": "large", "hidden": 128, "layers": 4, "episodes": 96}
+# questions of many lengths, completions of about 45 tokens (128 at most): what padding costs; the trainers' default passes
+MIXED = {"per_device_train_batch_size": 16, "response_length": 128, "num_ppo_epochs": 4, "learning_rate": 3e-6,
+         "vocabulary": "large", "hidden": 128, "layers": 4, "episodes": 32, "max_grad_norm": 0.0,
+         "reward": "verify"}  # fmt: skip
+STOPS = 1 / 48  # of each token, the chance of being EOS, in the mixed case
 LEARNS = {"episodes": 1024, "kl_coef": 0.01, "learning_rate": 3e-3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo": ("ppo", PPO),
     "ppo-reward-model": ("ppo", PPO | {"reward": "model"}),
     "ppo-50k": ("ppo", PPO | LARGE | {"reward": "verify"}),
+    "ppo-mixed": ("ppo", MIXED),
     "ppo-learns": ("ppo", PPO | LEARNS),
     "grpo": ("grpo", GRPO),
     "grpo-reward-model": ("grpo", GRPO | {"reward": "model"}),
@@ -56,6 +63,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; none: all that can run")
     parser.add_argument("--tokenizer", help="directory of that of the 50k cases, which are left out without")
+    parser.add_argument(
+        "--questions",
+        help="JSON lines with `question` and `answer`, prompts of ppo-mixed, which is left out without",
+    )
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each arm")
@@ -67,6 +78,9 @@ def parse() -> argparse.Namespace:
         parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
     if not options.cases:
         options.cases = [name for name in CASES if options.tokenizer or not _is_large(name)]
+        options.cases = [name for name in options.cases if options.questions or name != "ppo-mixed"]
+    elif "ppo-mixed" in options.cases and options.questions is None:
+        parser.error("ppo-mixed needs --questions, a file of prompts")
     elif options.tokenizer is None and any(map(_is_large, options.cases)):
         parser.error("the 50k cases need --tokenizer, the directory of a tokenizer")
     return options
@@ -86,15 +100,44 @@ def prepare(case: str, folder: Path, options: argparse.Namespace) -> None:
     path = arithmetic_settings(folder, options.prompts, **values)
     settings = Settings.read(path)
     tokenizer = load_tokenizer(settings)
+    if case == "ppo-mixed":
+        settings.rows = _questions(options.questions, tokenizer, options.prompts)
     kinds = {"model": ("policy", 0)}
     kinds |= {"value_model": ("scalar", 2)} if algo == "ppo" else {}
     kinds |= {"reward": ("scalar", 1)} if settings.reward == "model" else {}
     for name, (kind, more) in kinds.items():
         where = str(folder / name)
-        build(settings, tokenizer, kind, None, settings.seed + more).save_pretrained(where)
+        model = build(settings, tokenizer, kind, None, settings.seed + more)
+        if case == "ppo-mixed" and name == "model":
+            _let_stop(model, tokenizer.eos_token_id, settings)
+        model.save_pretrained(where)
         tokenizer.save_pretrained(where)
         setattr(settings, name, where)
     settings.write(path)
+
+
+def _questions(path: str, tokenizer: Any, many: int) -> list[dict[str, Any]]:
+    rows = []
+    with Path(path).open(encoding="utf-8") as lines:
+        for line, _ in zip(lines, range(many), strict=False):
+            row = json.loads(line)
+            answer = int(row["answer"].split()[-1].replace(",", ""))
+            rows.append({"prompt_ids": tokenizer(row["question"])["input_ids"], "answer": answer})
+    return rows
+
+
+def _let_stop(model: Any, eos: int, settings: Settings) -> None:
+    """Give a random model a chance of `STOPS` that any token is EOS, as a trained one has, by a constant direction that a
+    bias puts into its last states."""
+    import torch
+
+    with torch.no_grad():
+        model.model.layers[-1].self_attn.v_proj.bias.fill_(2.0)
+        ids = torch.randint(model.config.vocab_size, (8, 64), generator=torch.Generator().manual_seed(0))
+        states = model.model(ids).last_hidden_state
+        constant = states.mean((0, 1))
+        logit = math.log(model.config.vocab_size * STOPS) * settings.temperature
+        model.get_input_embeddings().weight[eos] = constant * logit / (states @ constant).mean()
 
 
 def run(command: list[str], threads: int, what: str) -> str:
@@ -133,6 +176,7 @@ def compare(case: str, options: argparse.Namespace) -> dict[str, list[dict[str, 
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in arms(algo, options)}
     with tempfile.TemporaryDirectory() as folder:
         more = [] if options.tokenizer is None else ["--tokenizer", options.tokenizer]
+        more += [] if options.questions is None else ["--questions", options.questions]
         command = [sys.executable, __file__, case, "--prompts", str(options.prompts), *more]
         run([*command, "--prepare", folder], options.threads, f"preparing {case}")
         path = Path(folder) / "settings.json"
@@ -205,6 +249,8 @@ def shown_command(options: argparse.Namespace) -> str:
     if options.tokenizer:
         name = Path(options.tokenizer).name
         words = [f"TOKENIZERS/{name}" if w == options.tokenizer else w for w in words]
+    if options.questions:
+        words = [Path(w).name if w == options.questions else w for w in words]
     return shlex.join(words)
 
 

@@ -170,8 +170,16 @@ def project(
     bias: torch.Tensor | None,
     softcap: float | None,
     exact: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    logits = F.linear(rows, weight, bias).to(exact)
+    """Logits [N, V] in the dtype `exact`, where wanted in the memory of `out`."""
+    if out is None:
+        logits = F.linear(rows, weight, bias).to(exact)
+    elif rows.dtype == exact:
+        logits = torch.mm(rows, weight.t(), out=out)
+        logits = logits if bias is None else logits.add_(bias)
+    else:
+        logits = out.copy_(F.linear(rows, weight, bias))
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 

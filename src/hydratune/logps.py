@@ -1,13 +1,14 @@
-"""Log-probs of tokens from hidden states and the LM head, for losses that weigh whole sequences.
+"""Log-probs of tokens from hidden states and the LM head, for losses that are not plain cross-entropies.
 
-`fused_head.py` makes a loss and its gradients in one pass over the logits. Where a token's share of the gradient is known
-only once all log-probs of its sequence are, a frozen head can still have its gradients made at once, to be scaled later;
-a trained one projects a second time in the backward pass. Logits of more than a chunk never exist.
+Where a token's loss is a function of its own log-prob alone, loss and gradients are made in one pass over the logits, as
+in `fused_head.py` (`token_losses`). Where its share of the gradient is known only once all log-probs of its sequence are
+(`token_logps`), a frozen head can still have its gradients made at once, to be scaled later; a trained one projects a
+second time in the backward pass. Logits of more than a chunk never exist, and chunks share their memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,20 +38,181 @@ class TokenStats:
 STATS = tuple(TokenStats.__dataclass_fields__)
 
 
-def _stats_of(
-    logits: torch.Tensor, targets: torch.Tensor, norm: torch.Tensor, wanted: Collection[str]
-) -> list:
-    """The wanted ones of `STATS` from logits [n, V], targets [n, 1] and log Σ exp [n, 1]; None for the others."""
-    made: dict[str, torch.Tensor] = {}
-    if "entropy" in wanted:
-        made["entropy"] = norm.squeeze(1) - (torch.softmax(logits, dim=-1) * logits).sum(-1)
-    if "mean_logit" in wanted:
-        made["mean_logit"] = logits.mean(-1)
-    if "correct" in wanted:
-        made["correct"] = (logits.argmax(dim=-1, keepdim=True) == targets).squeeze(1)
-    if "log_sum_square" in wanted:
-        made["log_sum_square"] = torch.logsumexp(2 * (logits - norm), dim=-1)
-    return [made.get(name) for name in STATS]
+Loss = Callable[[torch.Tensor], torch.Tensor]
+"""Log-probs [N] → their summed loss, in which each token's share is a function of its own log-prob alone."""
+
+
+class _Softmax:
+    """Of logits [n, V]: `powers` [n, V] divided by `total` [n, 1], which `slopes` does in one go.
+
+    Attributes:
+        norm: log Σ exp(logits), [n, 1].
+        logps: log-probs of the targets, [n].
+    """
+
+    def __init__(self, logits: torch.Tensor, targets: torch.Tensor, out: torch.Tensor | None = None) -> None:
+        top = logits.amax(dim=-1, keepdim=True)
+        self.logits, self.targets = logits, targets[:, None]
+        self.powers = torch.sub(logits, top, out=out).exp_()
+        self.total = self.powers.sum(dim=-1, keepdim=True)
+        self.norm = self.total.log() + top
+        self.logps = (logits.gather(1, self.targets) - self.norm).squeeze(1)
+
+    def stats(self, wanted: Collection[str]) -> list:
+        """The wanted ones of `STATS`, None for the others."""
+        made: dict[str, torch.Tensor] = {}
+        total = self.total.squeeze(1)
+        if "entropy" in wanted:
+            made["entropy"] = self.norm.squeeze(1) - _row_dots(self.powers, self.logits) / total
+        if "mean_logit" in wanted:
+            made["mean_logit"] = self.logits.mean(-1)
+        if "correct" in wanted:
+            made["correct"] = (self.logits.argmax(dim=-1, keepdim=True) == self.targets).squeeze(1)
+        if "log_sum_square" in wanted:
+            made["log_sum_square"] = (_row_dots(self.powers, self.powers) / total.square()).log()
+        return [made.get(name) for name in STATS]
+
+    def slopes(self, factors: torch.Tensor | None, softcap: float | None) -> torch.Tensor:
+        """The gradient of Σ factor · log-prob in the uncapped logits, in the memory of `powers`; factors [n], None: 1."""
+        own = torch.ones_like(self.total) if factors is None else factors[:, None]
+        return _slopes(self.powers, -own / self.total, own, self.logits, self.targets, softcap)
+
+
+def _row_dots(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("nv,nv->n", one, other)
+
+
+def _slopes(
+    powers: torch.Tensor,
+    scale: torch.Tensor,
+    own: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None,
+) -> torch.Tensor:
+    powers.mul_(scale).scatter_add_(1, targets, own)
+    return powers if softcap is None else powers.mul_(1 - (logits / softcap).square())
+
+
+class _Chunks:
+    """Logits of rows, chunk by chunk, in memory that all chunks share."""
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        softcap: float | None,
+        chunk: int,
+    ) -> None:
+        self.rows, self.weight, self.bias, self.targets = rows, weight, bias, targets
+        self.softcap, self.chunk = softcap, chunk
+        self.exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        shape = (2, min(chunk, len(rows)), len(weight))
+        self.memory = torch.empty(shape, dtype=self.exact, device=rows.device)
+
+    def logits(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Where a chunk is, its logits, and as much memory."""
+        for start in range(0, len(self.rows), self.chunk):
+            of = slice(start, start + self.chunk)
+            part = self.rows[of]
+            first, second = self.memory[:, : len(part)]
+            yield of, project(part, self.weight, self.bias, self.softcap, self.exact, first), second
+
+    def softmaxes(self) -> Iterator[tuple[slice, _Softmax]]:
+        for of, logits, memory in self.logits():
+            yield of, _Softmax(logits, self.targets[of], memory)
+
+
+class _Gradients:
+    """Gradients of rows, weight and bias that chunks add to; None where not wanted."""
+
+    def __init__(
+        self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needs: Collection[bool]
+    ) -> None:
+        exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        want_rows, want_weight, want_bias = needs
+        self._rows, self._low = rows, rows.dtype
+        self._weight_itself, self._bias_itself = weight, bias
+        self.rows = torch.empty_like(rows) if want_rows else None
+        self.weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
+        self.bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
+
+    def add(self, of: slice, slopes: torch.Tensor) -> None:
+        """From the gradient in the logits of a chunk."""
+        low = slopes.to(self._low)
+        if self.rows is not None:
+            torch.mm(low, self._weight_itself, out=self.rows[of])
+        if self.weight is not None:
+            if self.weight.dtype == low.dtype:
+                self.weight.addmm_(low.t(), self._rows[of])
+            else:
+                self.weight += low.t() @ self._rows[of]
+        if self.bias is not None:
+            self.bias += slopes.sum(0)
+
+    def all(self) -> tuple[torch.Tensor | None, ...]:
+        """In the dtypes of what they are of."""
+        return (
+            self.rows,
+            None if self.weight is None else self.weight.to(self._weight_itself.dtype),
+            None if self.bias is None or self._bias_itself is None else self.bias.to(self._bias_itself.dtype),
+        )
+
+
+def _joined(
+    ctx: Any, parts: list[list[torch.Tensor | None]], like: torch.Tensor, wanted: Collection[str]
+) -> list[torch.Tensor | None]:
+    """Stats of all chunks, each without gradient."""
+    made = []
+    for number, name in enumerate(STATS):
+        found = [part[number] for part in parts]
+        made.append((torch.cat(found) if found else like.new_empty(0)) if name in wanted else None)
+    ctx.mark_non_differentiable(*(m for m in made if m is not None))
+    return made
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Summed loss of rows' log-probs, with gradients made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        rows: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        softcap: float | None,
+        loss: Loss,
+        wanted: tuple[str, ...],
+        want_gradients: bool,
+        chunk: int,
+    ) -> tuple[torch.Tensor | None, ...]:
+        needs = [want_gradients and need for need in ctx.needs_input_grad[:3]]
+        chunks, gradients = (
+            _Chunks(rows, weight, bias, targets, softcap, chunk),
+            _Gradients(rows, weight, bias, needs),
+        )
+        logps = torch.zeros(len(rows), dtype=chunks.exact, device=rows.device)
+        stats = []
+        for of, softmax in chunks.softmaxes():
+            logps[of] = softmax.logps
+            stats.append(softmax.stats(wanted))
+            if any(needs):
+                with torch.enable_grad():  # of all tokens, of which only those of the chunk are looked at
+                    every = logps.detach().requires_grad_()
+                    (factors,) = torch.autograd.grad(loss(every), every)
+                gradients.add(of, softmax.slopes(factors[of], softcap))
+        ctx.save_for_backward(*gradients.all())
+        made = _joined(ctx, stats, logps, wanted)
+        ctx.mark_non_differentiable(logps, *(m for m in made if m is not None))
+        return loss(logps), logps, *made
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        scaled = (None if saved is None else (grad * saved).to(saved.dtype) for saved in ctx.saved_tensors)
+        return (*scaled, *(None,) * 6)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -72,41 +234,23 @@ class _TokenLogps(torch.autograd.Function):
         want_gradients: bool,
         chunk: int,
     ) -> tuple[torch.Tensor | None, ...]:
-        exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        want_rows, want_weight, want_bias = (want_gradients and need for need in ctx.needs_input_grad[:3])
-        frozen = not (want_weight or want_bias)
-        d_rows = torch.empty_like(rows) if want_rows and frozen else None
+        needs = [want_gradients and need for need in ctx.needs_input_grad[:3]]
+        frozen = not (needs[1] or needs[2])
+        chunks = _Chunks(rows, weight, bias, targets, softcap, chunk)
+        gradients = _Gradients(rows, weight, bias, [needs[0] and frozen, False, False])
         kept = None
-        logps, norms = (torch.empty(len(rows), dtype=exact, device=rows.device) for _ in range(2))
-        stats: list[list[torch.Tensor]] = [[] for _ in STATS]
-        for start in range(0, len(rows), chunk):
-            part, wanted_ids = rows[start : start + chunk], targets[start : start + chunk, None]
-            logits = project(part, weight, bias, softcap, exact)
-            norm = logits.logsumexp(dim=-1, keepdim=True)
-            logps[start : start + chunk] = (logits.gather(1, wanted_ids) - norm).squeeze(1)
-            norms[start : start + chunk] = norm.squeeze(1)
-            for found, more in zip(stats, _stats_of(logits, wanted_ids, norm, wanted), strict=True):
-                if more is not None:
-                    found.append(more)
-            if d_rows is not None:
-                slopes = _slopes(logits, wanted_ids, norm, softcap)
-                torch.mm(slopes.to(rows.dtype), weight, out=d_rows[start : start + chunk])
+        logps, norms = (torch.empty(len(rows), dtype=chunks.exact, device=rows.device) for _ in range(2))
+        stats = []
+        for of, softmax in chunks.softmaxes():
+            logps[of], norms[of] = softmax.logps, softmax.norm.squeeze(1)
+            stats.append(softmax.stats(wanted))
+            if gradients.rows is not None:
+                gradients.add(of, softmax.slopes(None, softcap))
             elif want_gradients and not frozen and len(rows) <= chunk:
-                kept = logits
-        ctx.save_for_backward(*((d_rows,) if frozen else (rows, weight, bias, targets, norms, kept)))
-        ctx.frozen, ctx.softcap, ctx.chunk, ctx.needs = (
-            frozen,
-            softcap,
-            chunk,
-            (want_rows, want_weight, want_bias),
-        )
-        empty = rows.new_empty(0)
-        made = [
-            torch.cat(found) if found else (empty if n in wanted else None)
-            for n, found in zip(STATS, stats, strict=True)
-        ]
-        ctx.mark_non_differentiable(*(m for m in made if m is not None))
-        return logps, *made
+                kept = softmax.logits
+        ctx.save_for_backward(*((gradients.rows,) if frozen else (rows, weight, bias, targets, norms, kept)))
+        ctx.frozen, ctx.softcap, ctx.chunk, ctx.needs = frozen, softcap, chunk, needs
+        return logps, *_joined(ctx, stats, logps, wanted)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
@@ -115,41 +259,16 @@ class _TokenLogps(torch.autograd.Function):
             (d_rows,) = ctx.saved_tensors
             return (None if d_rows is None else (grad[:, None] * d_rows).to(d_rows.dtype), None, None, *rest)
         rows, weight, bias, targets, norms, kept = ctx.saved_tensors
-        want_rows, want_weight, want_bias = ctx.needs
-        d_rows = torch.empty_like(rows) if want_rows else None
-        d_weight = torch.zeros_like(weight, dtype=norms.dtype) if want_weight else None
-        d_bias = torch.zeros_like(bias, dtype=norms.dtype) if want_bias else None
-        for start in range(0, len(rows), ctx.chunk):
-            of = slice(start, start + ctx.chunk)
-            part = rows[of]
-            logits = kept if kept is not None else project(part, weight, bias, ctx.softcap, norms.dtype)
-            slopes = _slopes(logits, targets[of, None], norms[of, None], ctx.softcap).mul_(grad[of, None])
-            low = slopes.to(rows.dtype)
-            if d_rows is not None:
-                torch.mm(low, weight, out=d_rows[of])
-            if d_weight is not None:
-                if d_weight.dtype == low.dtype:
-                    d_weight.addmm_(low.t(), part)
-                else:
-                    d_weight += low.t() @ part
-            if d_bias is not None:
-                d_bias += slopes.sum(0)
-        return (
-            d_rows,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-            *rest,
-        )
-
-
-def _slopes(
-    logits: torch.Tensor, targets: torch.Tensor, norm: torch.Tensor, softcap: float | None
-) -> torch.Tensor:
-    """The gradient of the targets' log-probs in the uncapped logits, in the memory of the logits."""
-    cap = 1 - (logits / softcap).square() if softcap is not None else None
-    slopes = logits.sub_(norm).exp_().neg_()
-    slopes.scatter_add_(1, targets, torch.ones_like(norm))
-    return slopes if cap is None else slopes.mul_(cap)
+        gradients = _Gradients(rows, weight, bias, ctx.needs)
+        if kept is not None:
+            found = iter([(slice(0, len(rows)), kept, torch.empty_like(kept))])
+        else:
+            found = _Chunks(rows, weight, bias, targets, ctx.softcap, ctx.chunk).logits()
+        for of, logits, memory in found:
+            powers = torch.sub(logits, norms[of, None], out=memory).exp_()
+            own = grad[of, None]
+            gradients.add(of, _slopes(powers, -own, own, logits, targets[of, None], ctx.softcap))
+        return (*gradients.all(), *rest)
 
 
 def token_logps(
@@ -171,12 +290,44 @@ def token_logps(
         Log-probs [N] in fp32 (fp64 of fp64), differentiable once in rows, weight and bias; and `TokenStats`.
     """
     rows, weight, bias = in_one_dtype(rows, weight, bias)
-    chunk = chunk or chunk_rows(len(rows), len(weight), rows.device)
+    chunk = chunk or _chunk_rows(rows, weight)
     with torch.autocast(rows.device.type, enabled=False):
         logps, *made = _TokenLogps.apply(
             rows, weight, bias, targets, softcap, tuple(stats), torch.is_grad_enabled(), chunk
         )
     return logps, TokenStats(*made)
+
+
+def token_losses(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    loss: Loss,
+    bias: torch.Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    stats: Collection[str] = (),
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, TokenStats]:
+    """A loss of the log-probs of `token_logps`, in three products (two with a frozen head) instead of four.
+
+    Args: as there, and
+        loss: called once a chunk, with 0 in the place of log-probs that are still to come.
+
+    Returns:
+        The summed loss, differentiable once in rows, weight and bias; log-probs [N] without gradient; `TokenStats`.
+    """
+    rows, weight, bias = in_one_dtype(rows, weight, bias)
+    chunk = chunk or _chunk_rows(rows, weight)
+    with torch.autocast(rows.device.type, enabled=False):
+        total, logps, *made = _TokenLosses.apply(
+            rows, weight, bias, targets, softcap, loss, tuple(stats), torch.is_grad_enabled(), chunk
+        )
+    return total, logps, TokenStats(*made)
+
+
+def _chunk_rows(rows: torch.Tensor, weight: torch.Tensor) -> int:
+    return chunk_rows(len(rows), 2 * len(weight), rows.device)  # two blocks of a chunk's logits
 
 
 class LogpsHead(Head):
@@ -189,10 +340,12 @@ class LogpsHead(Head):
         targets: token ids [N].
         stats: as for `token_logps`.
         temperature: divides the logits.
+        loss: as for `token_losses`; then `head.loss` is the summed loss, and the log-probs have no gradient.
     """
 
     logps: torch.Tensor
     stats: TokenStats
+    loss: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -202,9 +355,10 @@ class LogpsHead(Head):
         targets: torch.Tensor,
         stats: Collection[str] = (),
         temperature: float = 1.0,
+        loss: Loss | None = None,
     ) -> None:
         super().__init__(model)
-        self._temperature = temperature
+        self._temperature, self._loss = temperature, loss
         self._length, self._positions, self._targets, self._wanted = length, positions, targets, stats
 
     def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -216,13 +370,19 @@ class LogpsHead(Head):
             if cools:  # the head is linear, so that its input may be divided
                 rows = rows / self._temperature
                 bias = None if bias is None else bias / self._temperature
-            self.logps, self.stats = token_logps(
-                rows, weight, self._targets, bias, softcap=self._softcap, stats=self._wanted
-            )
+            given: dict[str, Any] = {"softcap": self._softcap, "stats": self._wanted}
+            if self._loss is None:
+                self.logps, self.stats = token_logps(rows, weight, self._targets, bias, **given)
+            else:
+                self.loss, self.logps, self.stats = token_losses(
+                    rows, weight, self._targets, self._loss, bias, **given
+                )
         else:
-            logits = self._logits(rows, *args, **kwargs)
-            self.logps, self.stats = logps_of(logits / self._temperature, self._targets, self._wanted)
-        return self.logps.sum().reshape(1, 1, 1)
+            logits = self._logits(rows, *args, **kwargs) / self._temperature
+            self.logps, self.stats = logps_of(logits, self._targets, self._wanted)
+            if self._loss is not None:
+                self.loss, self.logps = self._loss(self.logps), self.logps.detach()
+        return (self.logps.sum() if self.loss is None else self.loss).reshape(1, 1, 1)
 
 
 def logps_of(
@@ -233,5 +393,5 @@ def logps_of(
     norm = logits.logsumexp(dim=-1, keepdim=True)
     logps = (logits.gather(1, targets[:, None]) - norm).squeeze(1)
     with torch.no_grad():
-        made = _stats_of(logits, targets[:, None], norm, stats)
+        made = _Softmax(logits, targets).stats(stats) if stats else ()
     return logps, TokenStats(*made)

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from hydratune import attention
 from hydratune.data.collate_preference import Layout
-from hydratune.logps import STATS, LogpsHead, token_logps
+from hydratune.logps import STATS, LogpsHead, token_logps, token_losses
 from hydratune.meter import Meter
+from hydratune.rl_losses import ppo_policy_loss
 from hydratune.score import ScoreHead
 
 N, H, V = 7, 6, 11
@@ -79,6 +80,48 @@ def test_by_products_equal_those_of_whole_logits(chunk):
     assert torch.equal(stats.correct, logits.argmax(-1) == targets)
     assert torch.allclose(stats.log_sum_square, p.square().sum(-1).log())
     assert token_logps(rows, weight, targets, bias)[1].entropy is None
+
+
+@pytest.mark.parametrize("chunk", [1, 3, None])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_losses_of_own_log_probs_have_the_gradients_of_token_logps(chunk, softcap, bias, frozen):
+    """A clipped ratio: its slope is a function of the new log-prob, and 0 for some tokens."""
+    rows, weight, offset, targets = parts(bias=bias)
+    with torch.no_grad():
+        old = naive(rows, weight, offset, targets, softcap)[0] + torch.linspace(-0.5, 0.5, N)
+    advantages = torch.tensor([1.0, -2.0, 0.5, 1.0, -1.0, 0.0, 2.0])
+    loss = lambda logps: ppo_policy_loss(logps, old, advantages, 0.2)[0].sum()  # noqa: E731
+    found = []
+    for ours in (True, False):
+        leaves = [
+            t.clone().requires_grad_(not frozen or t is rows) for t in (rows, weight, offset) if t is not None
+        ]
+        r, w, b = (*leaves, None)[:3]
+        if ours:
+            total, logps, stats = token_losses(
+                r, w, targets, loss, b, softcap=softcap, stats=("entropy",), chunk=chunk
+            )
+            assert not logps.requires_grad
+        else:
+            logps, stats = token_logps(r, w, targets, b, softcap=softcap, stats=("entropy",))
+            total = loss(logps)
+        (total / 3).backward()
+        found.append((total.detach(), logps.detach(), stats.entropy, *(leaf.grad for leaf in leaves)))
+    assert found[0][3].any()
+    assert all((a is None and e is None) or torch.allclose(a, e) for a, e in zip(*found, strict=True))
+
+
+def test_losses_of_no_rows_and_without_gradients():
+    rows, weight, _, targets = parts()
+    weight.requires_grad_()
+    total, logps, stats = token_losses(rows[:0], weight, targets[:0], torch.sum, stats=("entropy",))
+    total.backward()
+    assert total == 0 and logps.shape == stats.entropy.shape == (0,) and not weight.grad.any()
+    with torch.no_grad():
+        total, logps, _ = token_losses(rows, weight, targets, torch.sum)
+    assert torch.allclose(total, logps.sum()) and not total.requires_grad
 
 
 def test_no_rows_have_zero_gradients():

@@ -18,7 +18,7 @@ from hydratune.algos.online_config import OnlineConfig
 from hydratune.episodes import Episodes
 from hydratune.models import ModelRecipe
 from hydratune.rewards import Scored
-from hydratune.rl_losses import clip_fractions, group_advantages, grpo_divisor, grpo_loss
+from hydratune.rl_losses import GrpoLoss, clip_fractions, group_advantages, grpo_divisor, grpo_loss
 from hydratune.settings import option
 
 METRICS = (
@@ -206,37 +206,47 @@ class GRPOTrainer(OnlineTrainer):
             num_items_in_batch: of `_get_num_items_in_batch`; None: of this batch.
         """
         args, layout = self.args, inputs["layout"]
-        judged = self.judge(model, layout, ("entropy",) if self.stats_wanted() else ())
-        logps, sequences = judged.per_token, layout["sequences"]
+        sequences = layout["sequences"]
         old = self.of("logps", inputs) if self.needs_old_logps else None
-        reference = self.of("ref_logps", inputs) if self.reference is not None else None
-        tokens: Any = len(logps)
-        if args.mask_truncated_completions:  # without loss and without gradient
+        ref_logps = self.of("ref_logps", inputs) if self.reference is not None else None
+        advantages, counted = self.of("advantages", inputs), None
+        tokens: Any = len(sequences)
+        if args.mask_truncated_completions:
             counted = self.of("counted", inputs)[sequences]
             tokens = counted.sum()
-            logps = torch.where(counted, logps, logps.detach())
-            reference = None if reference is None else torch.where(counted, reference, logps.detach())
-        found = grpo_loss(
-            logps,
-            old,
-            self.of("advantages", inputs),
-            sequences,
-            ref_logps=reference,
-            beta=args.beta,
-            epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high,
-            loss_type=args.loss_type,
-            importance_sampling_level=args.importance_sampling_level,
-            max_completion_length=args.max_completion_length,
-        )
-        loss = self.over_items(found.total, found.divisor, num_items_in_batch)
+
+        def losses(logps: torch.Tensor) -> GrpoLoss:
+            reference = ref_logps
+            if counted is not None:  # the others are without loss and without gradient
+                logps = torch.where(counted, logps, logps.detach())
+                reference = None if reference is None else torch.where(counted, reference, logps.detach())
+            return grpo_loss(
+                logps,
+                old,
+                advantages,
+                sequences,
+                ref_logps=reference,
+                beta=args.beta,
+                epsilon=args.epsilon,
+                epsilon_high=args.epsilon_high,
+                loss_type=args.loss_type,
+                importance_sampling_level=args.importance_sampling_level,
+                max_completion_length=args.max_completion_length,
+            )
+
+        by_token = args.importance_sampling_level == "token"
+        stats = ("entropy",) if self.stats_wanted() else ()
+        judged = self.judge(model, layout, stats, (lambda logps: losses(logps).total) if by_token else None)
+        logps = judged.per_token
+        found = losses(logps)
+        total = found.total if judged.loss is None else judged.loss
+        loss = self.over_items(total, found.divisor, num_items_in_batch)
         loss = self.with_balance(loss, judged.outputs, num_items_in_batch)
         many, meter = len(inputs["index"]), self.meter
         with torch.no_grad():
             meter.add(
                 "loss", found.total, grpo_divisor(args.loss_type, many, tokens, args.max_completion_length)
             )
-            by_token = args.importance_sampling_level == "token"
             clipped = clip_fractions(found.low, found.high, sequences if by_token else None, many)
             for name in ("low_mean", "high_mean", "region_mean"):
                 meter.add(f"clip_ratio/{name}", clipped[name] * len(logps), len(logps))

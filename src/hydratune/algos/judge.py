@@ -15,7 +15,7 @@ import torch
 
 from hydratune.algos.base import BaseTrainer
 from hydratune.fused_head import rows_at
-from hydratune.logps import LogpsHead, TokenStats, logps_of
+from hydratune.logps import LogpsHead, Loss, TokenStats, logps_of
 from hydratune.models import ModelRecipe
 from hydratune.packing import settle_padding
 from hydratune.reference import Reference, without_dropout
@@ -35,12 +35,14 @@ class Judged:
         logps: [S], of sequences: sums over their tokens.
         stats: by-products of each token.
         outputs: of the model.
+        loss: the summed loss, where one was given; then the log-probs have no gradient.
     """
 
     per_token: torch.Tensor
     logps: torch.Tensor
     stats: TokenStats
     outputs: Any
+    loss: torch.Tensor | None = None
 
 
 class RowTrainer(BaseTrainer):
@@ -119,23 +121,29 @@ class JudgingTrainer(RowTrainer):
 
     # -- log-probs -----------------------------------------------------------------------------------------------
 
-    def judge(self, model: Any, layout: dict[str, Any], stats: Collection[str] = ()) -> Judged:
+    def judge(
+        self, model: Any, layout: dict[str, Any], stats: Collection[str] = (), loss: Loss | None = None
+    ) -> Judged:
         """One forward pass over a layout.
 
         Args:
             stats: which of `logps.STATS` are wanted.
+            loss: of the log-probs, whose gradients are then made in this pass; see `logps.token_losses`.
         """
         inputs = self.inputs_of(layout)
         length, positions, targets = inputs["input_ids"].shape[1], layout["positions"], layout["targets"]
         if self.head_is_fused(model):
-            with LogpsHead(model, length, positions, targets, stats, self.temperature) as head:
+            with LogpsHead(model, length, positions, targets, stats, self.temperature, loss) as head:
                 outputs = model(**inputs, use_cache=False)
-            per_token, made = head.logps, head.stats
+            per_token, made, total = head.logps, head.stats, head.loss
         else:
             outputs = model(**inputs, use_cache=False)
             logits = rows_at(outputs.logits, length, positions)
             per_token, made = logps_of(logits / self.temperature, targets, stats)
-        return Judged(per_token, self.summed(per_token, layout), made, outputs)
+            total = None
+            if loss is not None:
+                total, per_token = loss(per_token), per_token.detach()
+        return Judged(per_token, self.summed(per_token, layout), made, outputs, total)
 
     @contextmanager
     def still(self) -> Iterator[None]:

@@ -366,24 +366,30 @@ class PPOTrainer(OnlineTrainer):
             num_items_in_batch: tokens of completions over accumulation and devices; None: those of this batch.
         """
         args, layout = self.args, inputs["layout"]
-        judged = self.judge(model, layout, ("entropy",) if self.stats_wanted() else ())
-        logps, old = judged.per_token, self.of("logps", inputs)
-        policy, clipped = ppo_policy_loss(logps, old, self.of("advantages", inputs), args.cliprange)
+        old, advantages = self.of("logps", inputs), self.of("advantages", inputs)
+
+        def policy_loss(logps: torch.Tensor) -> torch.Tensor:
+            return ppo_policy_loss(logps, old, advantages, args.cliprange)[0].sum()
+
+        judged = self.judge(model, layout, ("entropy",) if self.stats_wanted() else (), policy_loss)
+        logps, policy = judged.per_token, judged.loss
+        assert policy is not None
         value, value_clipped = ppo_value_loss(
             self.value_of(layout), self.of("values", inputs), self.of("returns", inputs), args.cliprange_value
         )
         tokens = len(logps)
-        total = policy.sum() + args.vf_coef * value.sum()
+        total = policy + args.vf_coef * value.sum()
         loss = self.over_items(total, tokens, num_items_in_batch)
         loss = self.with_balance(loss, judged.outputs, num_items_in_batch)
         with torch.no_grad():
             change = logps - old
             ratio, drift = change.exp(), change.square().sum() / 2
+            clipped = ppo_policy_loss(logps, old, advantages, args.cliprange)[1]
             if args.target_kl is not None:
                 self._drift += torch.stack((drift, torch.full_like(drift, tokens)))
             for name, values in (
                 ("loss", total), ("policy/approxkl_avg", drift), ("policy/clipfrac_avg", clipped.sum()),
-                ("loss/policy_avg", policy.sum()), ("loss/value_avg", value.sum()),
+                ("loss/policy_avg", policy), ("loss/value_avg", value.sum()),
                 ("val/clipfrac_avg", value_clipped.sum()), ("val/ratio", ratio.sum()),
                 ("val/ratio_var", (ratio - 1).square().sum()),
             ):  # fmt: skip
