@@ -1,8 +1,8 @@
 """Does online RL learn? PPO with the verifier, PPO with a trained reward model, and GRPO, each over several seeds.
 
 All start from one small model after a short SFT on the built-in sums; the reward model is made by `algo=reward` from a
-deeper one, which can compare an answer with the right one. No question stands twice in the data, so the held-out ones are new to every model. Prints a table of held-out accuracy before
-and after, and draws accuracy against episodes into docs/img/learning.svg. Runs that are done already are not run again.
+deeper one. No question stands twice in the data, so the held-out ones are new to every model. Prints a table of held-out
+accuracy before and after, and draws accuracy against episodes. Runs that are done already are not run again.
 
     python bench/learning.py --out OUT --seeds 3
     python bench/learning.py --out OUT --arms grpo --seeds 1 --picture OUT/learning.svg
@@ -30,7 +30,7 @@ SFT = "algo.assistant_only_loss=true"
 STARTS = {  # what is trained before the arms
     "base": f"{SFT} model.architecture.num_hidden_layers=2 trainer.lr_scheduler_type=constant_with_warmup epochs=12",
     "base-rm": f"{SFT} epochs=10",
-    "reward": "algo=reward model.name_or_path={out}/base-rm/model batch_size=32 lr=1e-3 epochs=10",
+    "reward": "algo=reward model.name_or_path={out}/base-rm/model batch_size=32 lr=5e-4 epochs=4",
 }
 NAMES = {
     "base": "SFT, the policy's start",

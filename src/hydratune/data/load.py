@@ -102,7 +102,10 @@ def _check(settings: DataSettings) -> None:
         why = f"there are {builtin.QUESTIONS:,} distinct questions"
         wrong.append(
             Violation(
-                "data.size", settings.size, why, f"data.size={builtin.QUESTIONS} or less, or data.distinct=false"
+                "data.size",
+                settings.size,
+                why,
+                f"data.size={builtin.QUESTIONS} or less, or data.distinct=false",
             )
         )
     if settings.eval_split and settings.source != "hub" and not settings.eval_path:
