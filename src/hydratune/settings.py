@@ -76,6 +76,9 @@ class DataSettings:
     max_eval_samples: int | None = option(None, "Use at most this many evaluation rows.")
     seed: int | None = option(None, "Seed of generation, sampling and the split; null: the run's seed.")
     size: int = option(2048, "Rows to generate for a built-in data set.")
+    distinct: bool = option(
+        False, "No question of a built-in data set twice, so that the held-out ones are new to the model."
+    )
     streaming: bool = option(False, "Read rows as they are needed (needs max_steps).")
     num_proc: int | None = option(None, "Processes for formatting and tokenising.")
     cache: bool = option(True, "Keep tokenised data under a key of its content and settings.")

@@ -84,6 +84,20 @@ def test_the_split_is_disjoint_seeded_and_never_empty():
     assert load(DataSettings(size=1, eval_fraction=0.5), 0)[1] is None
 
 
+@pytest.mark.parametrize("goal", ["prompts", "preference"])
+def test_distinct_questions_are_new_when_held_out(goal):
+    def asked(rows):
+        return [str(row["prompt"] if goal == "preference" else row["messages"][0]) for row in rows]
+
+    settings = DataSettings(size=builtin.QUESTIONS, distinct=True, eval_fraction=0.125)
+    train, held_out = map(asked, load(settings, 3, goal))
+    assert (len(train), len(held_out)) == (3584, 512)
+    assert len({*train, *held_out}) == builtin.QUESTIONS == 4096
+    settings.distinct = False
+    train, held_out = map(asked, load(settings, 3, goal))
+    assert len({*train} & {*held_out}) > 200  # of 512
+
+
 def test_arithmetic_is_right_and_verified():
     rows = builtin.arithmetic(300, 1)
     assert rows == builtin.arithmetic(300, 1) != builtin.arithmetic(300, 2)

@@ -8,20 +8,30 @@ from collections.abc import Mapping
 from typing import Any
 
 NAMES = ("arithmetic",)
+QUESTIONS = 51 * 51 + 51 * 52 // 2 + 13 * 13  # that there are: sums, differences (none below 0), products
 
 
-def arithmetic(size: int, seed: int, goal: str = "tokens") -> list[dict[str, Any]]:
+def arithmetic(size: int, seed: int, goal: str = "tokens", distinct: bool = False) -> list[dict[str, Any]]:
     """`size` questions with answers, the same for the same seed.
 
     Sums and differences are of numbers up to 50, products of numbers up to 12, e.g. "What is 17 + 25?" → "17 + 25 = 42".
 
     Args:
+        size: with `distinct` at most `QUESTIONS`.
         goal: "tokens" and "prompts" give `{"messages": [user, assistant], "answer": str}`. "preference" gives prompt, chosen and
             rejected, the right answer and a wrong one; "unpaired" prompt, completion and label, about half of them
             wrong; both with the same questions and `answer` too.
+        distinct: no question twice; else they are drawn one by one, and many come again.
     """
     rng, slips = random.Random(seed), random.Random(f"{seed} slips")
-    rows = [_problem(rng) for _ in range(size)]
+    rows: list[dict[str, Any]] = []
+    asked: set[str] = set()
+    while len(rows) < size:
+        row = _problem(rng)
+        question = row["messages"][0]["content"]
+        if not (distinct and question in asked):
+            rows.append(row)
+            asked.add(question)
     return rows if goal in ("tokens", "prompts") else [_judged(row, goal, slips) for row in rows]
 
 

@@ -98,6 +98,16 @@ def _check(settings: DataSettings) -> None:
                 nearest(str(settings.name), builtin.NAMES),
             )
         )
+    if settings.source == "builtin" and settings.distinct and settings.size > builtin.QUESTIONS:
+        why = f"there are {builtin.QUESTIONS:,} distinct questions"
+        wrong.append(
+            Violation(
+                "data.size",
+                settings.size,
+                why,
+                f"data.size={builtin.QUESTIONS} or less, or data.distinct=false",
+            )
+        )
     if settings.eval_split and settings.source != "hub" and not settings.eval_path:
         wrong.append(
             Violation(
@@ -116,7 +126,7 @@ def _source(settings: DataSettings, seed: int, goal: str) -> Any:
         return _local(str(settings.path), "data.path", settings.streaming)
     if settings.source == "hub":
         return _hub(settings, settings.split, "data.split")
-    rows = datasets.Dataset.from_list(builtin.arithmetic(settings.size, seed, goal))
+    rows = datasets.Dataset.from_list(builtin.arithmetic(settings.size, seed, goal, settings.distinct))
     return rows.to_iterable_dataset() if settings.streaming else rows
 
 
