@@ -74,9 +74,10 @@ def blocks(page: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def commands(page: Path) -> Iterator[tuple[int, str]]:
-    """The command lines of a page: all lines of shell blocks, and those behind `$ ` in others."""
+    """The command lines of a page: all lines of shell blocks, and those behind `$ ` in others; a block's variables put in."""
     for start, language, text in blocks(page):
         whole = ""
+        variables: dict[str, str] = {}
         for offset, line in enumerate(text.splitlines()):
             shown = line.strip().startswith("$ ")
             if not whole and not shown and language not in SHELL:
@@ -85,7 +86,11 @@ def commands(page: Path) -> Iterator[tuple[int, str]]:
             if whole.endswith("\\"):
                 whole = whole[:-1]
             else:
-                if shlex.split(whole, comments=True):
+                for name, value in variables.items():
+                    whole = whole.replace(f"${name}", value)
+                if assigned := re.fullmatch(r'([A-Z]+)="(.*)"', whole):
+                    variables[assigned[1]] = assigned[2]
+                elif shlex.split(whole, comments=True):
                     yield start + offset, whole
                 whole = ""
 
