@@ -361,6 +361,14 @@ class Terminal:
     def type(self, text):
         os.write(self.fd, text.encode())
 
+    def press(self, key, text):
+        """Presses a key until it is heard: readline misses one that comes between its prompt and its wait for input."""
+        for _ in range(30):
+            self.type(key)
+            if select.select([self.fd], [], [], 1)[0]:
+                break
+        return self.wait_for(text)
+
     def end(self, seconds=60):
         """The exit code, once everything was shown."""
         end = time.monotonic() + seconds
@@ -406,8 +414,7 @@ def test_chat_in_a_terminal(home, width):
     terminal.type("/what\n")
     terminal.wait_for("there is no /what")
     terminal.wait_for("you ›")
-    terminal.type("\x03")
-    terminal.wait_for("Ctrl-D ends")
+    terminal.press("\x03", "Ctrl-D ends")
     terminal.wait_for("you ›")  # before that, a Ctrl-D is the line discipline's, not ours
     terminal.type("\x04")
     assert terminal.end() == 0
