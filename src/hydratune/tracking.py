@@ -6,6 +6,7 @@ run goes on offline with one line that says so. `metrics.jsonl` is flushed at ev
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -106,7 +107,7 @@ def quiet_libraries() -> None:
     """Keep the libraries' bars and warnings off the console: warnings go to train.log, our progress shows the rest."""
     import warnings
 
-    with redirect_stdout(sys.stderr):  # where transformers tells, once, of WANDB_MODE=offline
+    with redirect_stdout(io.StringIO()):  # transformers prints a line about WANDB_MODE=offline
         import datasets
         import transformers
         import transformers.integrations.integration_utils
