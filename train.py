@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             _hydra(resumed(typed), typed)
         else:
             current.judge(lambda: _hydra(resumed(typed), typed, checked=True))
+        leave_group()  # not when it failed: other processes may still wait in a collective
         return 0
     except (UserError, TrainingFailed, Pruned, KeyboardInterrupt) as error:
         if show:
@@ -89,7 +90,6 @@ def main(argv: list[str] | None = None) -> int:
         return getattr(error, "exit_code", Interrupted.exit_code)
     finally:
         ForkExecutor.dismiss()
-        leave_group()
         sys.argv = argv_before
         os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
 

@@ -154,4 +154,4 @@ def test_a_rollout_that_does_not_fit_is_made_smaller(algo, option, tmp_path):
     served = qwen_1_8b(
         algo, tmp_path, 80, lora, gradient_checkpointing=True, vllm_server_base_url="http://x", **large
     )
-    assert served.estimate.rollout < made.estimate.rollout / 4
+    assert 0 < served.estimate.rollout < made.estimate.rollout / 4

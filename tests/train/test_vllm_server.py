@@ -39,7 +39,7 @@ def served(home, tmp_path):
         def start(algo: str, *, routes=FULL, name=None, **options):
             fake = FakeVLLM(home, name, routes)
             url = stack.enter_context(fake.listening())
-            options = {"temperature": 1.0, "vllm_server_base_url": url, "vllm_server_timeout": 1.5} | options
+            options = {"temperature": 1.0, "vllm_server_base_url": url, "vllm_server_timeout": 60} | options
             return fake, trainer(algo, tmp_path / "out", **{"model": str(home)} | options)
 
         yield start
@@ -175,7 +175,8 @@ def test_a_server_that_cannot_serve_is_told_before_training(how, told, served):
     ],
 )
 def test_a_server_that_fails_ends_the_run_with_one_error(fault, told, served):
-    fake, run = served("grpo", max_steps=4, max_completion_length=60)
+    patience = {"vllm_server_timeout": 1.5} if fault == "slow" else {}
+    fake, run = served("grpo", max_steps=4, max_completion_length=60, **patience)
     fake.fault = fault
     if fault == "no stop":  # so that a stop token comes
         with torch.no_grad():

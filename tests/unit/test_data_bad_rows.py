@@ -219,6 +219,10 @@ def test_faults_of_all_files_of_a_folder_are_told_together(tmp_path):
     [
         ({"eval_fraction": 1.5}, "data.eval_fraction"),
         ({"distinct": True, "size": 4097}, "there are 4,096 distinct questions"),
+        (
+            {"distinct": True, "source": "local", "path": "x.jsonl"},
+            "data.distinct = True: is of built-in data",
+        ),
         ({"max_samples": 0}, "data.max_samples"),
         ({"source": "local"}, "data.path"),
         ({"source": "hub"}, "data.name"),

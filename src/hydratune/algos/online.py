@@ -157,7 +157,9 @@ class OnlineTrainer(SamplingTrainer):
             new=args.new_tokens,
             new_option=args.new_tokens_option,
             most=_TOKENS_AT_ONCE,
-            scores=cls.reference_kind(args, False) is not None or args.steps_per_rollout > 1,
+            scores=cls.reference_kind(args, False) is not None
+            or args.steps_per_rollout > 1
+            or args.vllm_server_base_url is not None,
             sorts=args.top_p < 1,
             elsewhere=args.vllm_server_base_url is not None,
             copies=args.copies if recipe.attn_implementation == attention.NAME else 1,

@@ -108,6 +108,12 @@ def _check(settings: DataSettings) -> None:
                 f"data.size={builtin.QUESTIONS} or less, or data.distinct=false",
             )
         )
+    if settings.distinct and settings.source != "builtin":
+        why, fix = (
+            "is of built-in data: it is made without repeats",
+            "leave it out; drop repeated rows yourself",
+        )
+        wrong.append(Violation("data.distinct", True, why, fix))
     if settings.eval_split and settings.source != "hub" and not settings.eval_path:
         wrong.append(
             Violation(
