@@ -232,8 +232,7 @@ def estimate(load: Load) -> MemoryEstimate:
         beside = _activations(load, load.critic, tokens)
         activations += beside
     projected = tokens if load.rollout is None else load.batch * load.rollout.new
-    # logits, their slopes, and what the entropy of a rollout's tokens takes
-    logits = (2 if load.rollout is None else 3) * _chunk(load, projected)
+    logits = 2 * _chunk(load, projected) if load.rollout is None else _blocks(load, projected)
     head = max(0, logits - beside) + 2 * projected * load.hidden * product
     head += 4 * load.vocabulary * load.hidden if load.head_trained else 0
     return MemoryEstimate(
@@ -274,6 +273,12 @@ def _chunk(load: Load, rows: int) -> int:
     return 4 * load.vocabulary * chunk_rows(rows, load.vocabulary, device) if load.vocabulary else 0
 
 
+def _blocks(load: Load, rows: int) -> int:
+    """Bytes of a chunk's logits and their softmax where log-probs are made, and of one copy in the dtype of the product."""
+    both = _chunk(replace(load, vocabulary=2 * load.vocabulary), rows)
+    return both * 5 // 4 if load.autocast or load.width == 2 else both
+
+
 def _passing(load: Load, shape: Load | Shape, *, adapter: bool = False) -> int:
     """Bytes a token of one layer in a forward pass without gradients: gate, up, their product, and four states."""
     product = 2 if load.autocast or shape.width == 2 else 4
@@ -305,8 +310,7 @@ def _scoring(load: Load, rollout: Rollout) -> int:
     product = 2 if load.autocast or load.width == 2 else 4
     tokens = min(rollout.most, min(rollout.at_once, rollout.completions) * load.length)
     rows = tokens * rollout.new // load.length
-    logits = min(4 * load.vocabulary * rows, 2 * _chunk(load, rows))  # of a chunk, and of the one before
-    head = logits + (tokens + rows) * load.hidden * product
+    head = _blocks(load, rows) + (tokens + rows) * load.hidden * product
     judged = min(rollout.most, rollout.completions * load.length)
     adapter = load.trained < load.parameters
     own: list[Load | Shape] = [load] if rollout.scores else []
