@@ -23,8 +23,10 @@ STATES = ("running", "completed", "pruned", "failed", "interrupted", "stopped")
 _QUIET = 300  # seconds without a line of metrics or log after which a run without a summary is taken for dead
 _NAMES = {"output_dir", "run_name", "resume", *(f"trainer.{name}" for name in ("output_dir", "run_name"))}
 _GROUPS = ("algo", "model", "data", "peft")
+_RUN = {"config.yaml", "summary.json"}
 _STUDY = {".study", "study.json"}  # the second is there after a first result
-_NOT_RUNS = {"checkpoints", "model", "base", "wandb", ".hydra", "artifacts"}
+_NEVER_RUNS = {"wandb", ".hydra"}  # of which the latter has a config.yaml too
+_PARTS = {"checkpoints", "model", "base", "artifacts"}  # of runs and studies, unless a run was given that name
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -189,14 +191,16 @@ def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
     except OSError:
         return
     names = {entry.name for entry in entries}
-    if {"config.yaml", "summary.json"} & names:
+    if _RUN & names:
         yield folder, True
         return
     if _STUDY & names:
         yield folder, False
     for entry in entries:
-        if entry.is_dir(follow_symlinks=False) and entry.name not in _NOT_RUNS:
-            yield from _walk(folder / entry.name)
+        if entry.is_dir(follow_symlinks=False) and entry.name not in _NEVER_RUNS:
+            inner = folder / entry.name
+            if entry.name not in _PARTS or any((inner / mark).is_file() for mark in _RUN):
+                yield from _walk(inner)
 
 
 def find_run(name: str, home: Path = HOME) -> Run:

@@ -79,6 +79,16 @@ def test_every_run_is_found_the_last_that_wrote_first(home):
     assert find_runs(home / "nowhere") == []
 
 
+def test_a_run_may_be_called_like_a_part_of_one(tmp_path):
+    for name in ("base", "model"):
+        make(tmp_path / name)
+    (tmp_path / "checkpoints" / "deep").mkdir(parents=True)
+    make(tmp_path / "checkpoints" / "deep" / "not")
+    (tmp_path / "begun" / ".hydra").mkdir(parents=True)
+    (tmp_path / "begun" / ".hydra" / "config.yaml").write_text("lr: 1")
+    assert {run.name for run in find_runs(tmp_path)} == {"base", "model"}
+
+
 def test_a_trial_knows_its_study(home):
     trial, run = find_run("s/1", home), find_run("b", home)
     assert trial.trial_of == home / "sweeps" / "s" and run.trial_of is None
