@@ -352,6 +352,8 @@ def test_nothing_is_changed_and_nothing_else_is_served(address, home):
     told = {"storage": "postgresql://me:secret@db/studies"}
     (home / "done" / "slow" / "trial.json").write_text(json.dumps(told))
     assert "postgresql://me:***@db/studies" in asked(f"{address}/runs/done/slow/trial.json")[1]
+    (home / "done" / "slow" / ".hydra" / "more.yaml").write_text("- lr=1\n- trainer.hub_token=hf_x\n")
+    assert asked(f"{address}/runs/done/slow/.hydra/more.yaml")[1] == "- lr=1\n- trainer.hub_token=***\n"
     assert "lr: 0.0001" in asked(f"{address}/runs/done/slow/config.yaml")[1]
     assert "config.yaml" in asked(f"{address}/runs/done/slow/")[1]
 
