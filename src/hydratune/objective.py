@@ -78,6 +78,12 @@ def direction(metric: str) -> Direction | None:
     return "minimize" if _LESS.search(metric) else None
 
 
+def last_values(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The last value of each metric; none of one whose last value was not finite, which is logged as null."""
+    last = {k: v for event in events for k, v in event.items() if k not in ("step", "epoch", "time")}
+    return {k: v for k, v in last.items() if isinstance(v, int | float)}
+
+
 def fact(name: str, summary: Mapping[str, Any]) -> float | None:
     """A fact of a run's summary, e.g. peak_memory_gib."""
     path, factor = FACTS[name]

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from hydratune.objective import Objective, default, named
+from hydratune.objective import Objective, default, last_values, named
 from hydratune.rowfile import append_rows
 from hydratune.secrets import redact, redact_override
 from hydratune.settings import RunSettings
@@ -286,15 +286,14 @@ def collect_summary(
         training), peak_memory {bytes, kind: "cuda" or "host"}, seed, device, versions, git_commit, command, started.
     """
     events = read_metrics(out_dir)
-    final: dict[str, float] = {}
+    final = last_values(events)
     best: dict[str, float] = {}
     for event in events:
         for key, value in event.items():
             if key in ("step", "epoch", "time") or not isinstance(value, int | float):
                 continue
-            final[key] = value
             better = min if key.endswith("loss") else max
-            if key.endswith(("loss", "accuracy")):
+            if key.endswith(("loss", "accuracy", "accuracies")):
                 best[key] = better(best.get(key, value), value)
     objectives = named(settings.objective) or [Objective(default(final))]
     training = clock.seconds.get("training", 0.0)

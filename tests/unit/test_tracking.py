@@ -80,6 +80,17 @@ def test_summary_has_final_and_best(tmp_path):
     assert loaded["versions"]["torch"] and loaded["peak_memory"]["bytes"] > 0
 
 
+def test_an_evaluation_that_was_not_finite_has_no_final_value_but_a_best_one(tmp_path):
+    events = [
+        {"step": 1, "eval_loss": 1.0, "eval_rewards/accuracies": 0.9},
+        {"step": 2, "eval_loss": None, "eval_rewards/accuracies": 0.5},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    metrics = collect_summary(settings(tmp_path), tmp_path, PhaseClock(), status="completed")["metrics"]
+    assert metrics["final"] == {"eval_rewards/accuracies": 0.5}
+    assert metrics["best"] == {"eval_loss": 1.0, "eval_rewards/accuracies": 0.9}
+
+
 def test_config_is_written_without_secrets(tmp_path):
     write_config(tmp_path, settings(tmp_path).resolved)
     text = (tmp_path / "config.yaml").read_text()

@@ -93,21 +93,13 @@ def _number(run: Run) -> tuple[int, str]:
     return (int(run.name), "") if run.name.isdigit() else (0, run.name)
 
 
-def _final(run: Run) -> dict[str, float]:
-    """The last value of each metric: of the summary, or of what a run has logged so far."""
-    final = (run.summary.get("metrics") or {}).get("final")
-    if final is None:
-        final = {k: v for event in run.events for k, v in event.items() if k not in ("step", "epoch", "time")}
-    return {k: v for k, v in final.items() if isinstance(v, int | float)}
-
-
 def _metrics(runs: Sequence[Run], asked: Sequence[str]) -> list[str]:
     """Those asked for; else the objective, and what was evaluated or else trained by, where the name tells what is better.
 
     Raises:
         UserError: no run has one that was asked for.
     """
-    known = dict.fromkeys(name for run in runs for name in _final(run))
+    known = dict.fromkeys(name for run in runs for name in run.final)
     for name in asked:
         if name not in known and name not in metric_names(runs):
             raise UserError(Violation("--metric", name, "no run has logged it", nearest(name, known)))
@@ -124,7 +116,7 @@ def _ranked(runs: Sequence[Run], metrics: Sequence[str]) -> list[int]:
     """Indices of the runs, the best by their objective first, or by the first metric where they have several."""
     names = {run.objective[0] for run in runs}
     name = names.pop() if len(names) == 1 else (metrics or [""])[0]
-    values = [run.objective[1] if run.objective[0] == name else _final(run).get(name) for run in runs]
+    values = [run.objective[1] if run.objective[0] == name else run.final.get(name) for run in runs]
     sign = -1.0 if direction(name.partition(":")[0]) == "maximize" else 1.0
     keys = [math.inf if value is None else sign * value for value in values]
     return sorted(range(len(runs)), key=keys.__getitem__)
@@ -147,8 +139,8 @@ def _results(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[str, lis
         if len(names) == 1:
             cells = _marked([v for _, v in objectives], min(names))
         rows.append(("objective" if len(names) > 1 else f"objective {min(names)}", cells))
-    bests = [(run.summary.get("metrics") or {}).get("best") or {} for run in runs]
-    finals = [_final(run) for run in runs]
+    bests = [(run.summary.get("metrics") or {}).get("best") or {} if run.ended else {} for run in runs]
+    finals = [run.final for run in runs]
     mixed = len({run.value("algo") for run in runs}) > 1  # whose losses cannot be held against each other
     for name in metrics:
         fair = not (name.endswith("loss") and mixed)
@@ -225,7 +217,7 @@ def _print(console: Console, names: Sequence[str], rows: Sequence[tuple[str, Seq
 
 
 def _facts(runs: Sequence[Run], settings: dict[str, list[Any]], metrics: Sequence[str]) -> dict[str, Any]:
-    finals = [_final(run) for run in runs]
+    finals = [run.final for run in runs]
     values = {name: [final.get(name) for final in finals] for name in metrics}
     best = {}
     mixed = len({run.value("algo") for run in runs}) > 1
