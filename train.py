@@ -139,6 +139,7 @@ def _hydra(typed: list[str], shown: list[str], *, checked: bool = False) -> Any:
 
     from hydratune.config import key_of, parse
     from hydratune.errors import Pruned, TrainingFailed, UserError, Violation
+    from hydratune.secrets import redact_override
     from hydratune.sweep.executors import ForkExecutor
 
     absent: dict[Path, list[Path]] = {}
@@ -147,7 +148,7 @@ def _hydra(typed: list[str], shown: list[str], *, checked: bool = False) -> Any:
     overrides = rewrite(with_kept_search(args.overrides))
     _register_searches()
     options = [a for a in typed if a not in args.overrides]
-    command = shlex.join(["python", "train.py", *shown])
+    command = shlex.join(["python", "train.py", *map(redact_override, shown)])
     if args.multirun and not args.cfg and not any(key_of(o) in _NO_WARM_START for o in overrides):
         ForkExecutor.launch()  # imports for the trials while the command line is still being read
     stopped: list[BaseException] = []

@@ -23,7 +23,9 @@ FACTS: dict[str, tuple[tuple[str, ...], float]] = {
 REWARDS = ("eval_reward", "reward", "objective/scores")  # mean rewards of online runs
 _DEFAULTS = ("eval_loss", *REWARDS)
 REWARD_ACCURACY = ("eval_rewards/accuracies", "eval_accuracy")  # shares of pairs or rows on the right side
-_LESS = re.compile(r"(loss|perplexity|seconds|runtime|memory_gib|entropy|kl|grad_norm|error)$")
+# Of these the name tells nothing: a KL is a budget, and the reward of one side is no goal of its own.
+_NEITHER = re.compile(r"(rewards/(chosen|rejected|std)|non_score_reward)$")
+_LESS = re.compile(r"(loss|perplexity|seconds|runtime|memory_gib|entropy|grad_norm|error)$")
 _MORE = re.compile(
     r"(accuracy|accuracies|reward|rewards?/\w+|margins?|per_second|scores?|win_rate|bleu|f1|mfu)$"
 )
@@ -73,9 +75,17 @@ class Objective:
 
 def direction(metric: str) -> Direction | None:
     """Whether less or more of a metric is better, told from its name; None when the name does not tell."""
+    if _NEITHER.search(metric):
+        return None
     if _MORE.search(metric):
         return "maximize"
     return "minimize" if _LESS.search(metric) else None
+
+
+def last_values(events: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """The last value of each metric; none of one whose last value was not finite, which is logged as null."""
+    last = {k: v for event in events for k, v in event.items() if k not in ("step", "epoch", "time")}
+    return {k: v for k, v in last.items() if isinstance(v, int | float)}
 
 
 def fact(name: str, summary: Mapping[str, Any]) -> float | None:

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from hydratune.amounts import amount, duration
-from hydratune.objective import REWARD_ACCURACY, REWARDS
+from hydratune.objective import REWARD_ACCURACY, REWARDS, last_values
 from hydratune.tracking import read_metrics
 
 _GENERATIONS = 12  # completions of the training that are shown, the last ones
@@ -192,7 +192,7 @@ def _picture(charts: list[tuple[str, Any]], path: Path, name: str, facts: list[t
 
 def _headline(summary: dict[str, Any]) -> list[tuple[str, str]]:
     metrics = summary.get("metrics") or {}
-    final, best = metrics.get("final") or {}, metrics.get("best") or {}
+    final, best = (last_values([metrics.get(name) or {}]) for name in ("final", "best"))
     shown = [("mean reward", f"{final[key]:.3f}") for key in REWARDS if key in final][:1]
     rewarded = bool(shown)
     for key, name in (("eval_loss", "evaluation loss"), ("loss", "training loss")):

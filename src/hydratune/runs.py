@@ -6,6 +6,7 @@ Only files are read, so that runs of other processes and machines are seen while
 from __future__ import annotations
 
 import json
+import math
 import operator
 import os
 import re
@@ -13,18 +14,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from hydratune.errors import UserError, Violation, nearest
+from hydratune.objective import Objective, last_values
 
 HOME = Path("outputs")
 STATES = ("running", "completed", "pruned", "failed", "interrupted", "stopped")
-_QUIET = 300  # seconds without a line of metrics or log after which a run without a summary is taken for dead
+_QUIET = (
+    300  # seconds without a line of metrics or log after which a run that has not ended is taken for dead
+)
+_TAIL = 2**14  # bytes of metrics.jsonl that tell how far a run is
 _NAMES = {"output_dir", "run_name", "resume", *(f"trainer.{name}" for name in ("output_dir", "run_name"))}
 _GROUPS = ("algo", "model", "data", "peft")
+_RUN = {"config.yaml", "summary.json"}
 _STUDY = {".study", "study.json"}  # the second is there after a first result
-_NOT_RUNS = {"checkpoints", "model", "base", "wandb", ".hydra", "artifacts"}
+_NEVER_RUNS = {"wandb", ".hydra"}  # of which the latter has a config.yaml too
+_PARTS = {"checkpoints", "model", "base", "artifacts"}  # unless it is a run that was called so
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "<=": operator.le,
     ">=": operator.ge,
@@ -77,12 +85,38 @@ class Run:
         return max(_modified(self.path / name) for name in ("metrics.jsonl", "train.log", "summary.json"))
 
     @cached_property
+    def _newest(self) -> list[dict[str, Any]]:
+        """The last events, from the end of metrics.jsonl alone, for there may be hundreds of runs."""
+        from hydratune.rowfile import last_rows
+
+        return [e for e in last_rows(self.path / "metrics.jsonl", _TAIL) if isinstance(e.get("step"), int)]
+
+    @cached_property
+    def ended(self) -> bool:
+        """Whether the summary is the last word: no event is of a later step, as those of a resumed run are."""
+        if not self.summary:
+            return False
+        if not self._newest or self._newest[-1]["step"] <= (self.summary.get("steps") or 0):
+            return True
+        # a run that failed before it knew its steps
+        return not self.summary.get("steps") and _modified(self.path / "metrics.jsonl") <= _modified(
+            self.path / "summary.json"
+        )
+
+    @cached_property
     def status(self) -> str:
-        """One of `STATES`: that of the summary, unless a resumed run has written metrics after it; "stopped" was killed."""
-        ended = _modified(self.path / "summary.json")
-        if ended and _modified(self.path / "metrics.jsonl") <= ended:
+        """One of `STATES`: that of the summary; of a run that has not ended, whether it still writes: "stopped" was killed."""
+        if self.ended:
             return str(self.summary.get("status", "stopped"))
-        return "running" if time.time() - self.last_sign < _QUIET else "stopped"
+        times = [e["time"] for e in self._newest if isinstance(e.get("time"), int | float)]
+        gap = max((late - early for early, late in pairwise(times)), default=0.0)
+        return "running" if time.time() - self.last_sign < max(_QUIET, 3 * gap) else "stopped"
+
+    @cached_property
+    def final(self) -> dict[str, float]:
+        """The last value of each metric: of the summary, or of the events of a run that has not ended."""
+        known = (self.summary.get("metrics") or {}).get("final") if self.ended else None
+        return last_values(self.events if known is None else [known])
 
     @property
     def started(self) -> str:
@@ -93,9 +127,13 @@ class Run:
 
     @property
     def objective(self) -> tuple[str, float | None]:
-        """Name and value; ("", None) before there is one."""
+        """Name and value; ("", None) before there is one. Of a resumed run what it has logged by now."""
         found = self.summary.get("objective") or {}
-        return str(found.get("name", "")), found.get("value")
+        name = str(found.get("name", ""))
+        if not name or self.ended:
+            return name, found.get("value")
+        value = Objective.parse(name).value(self.events, self.summary)
+        return name, None if value is None or not math.isfinite(value) else value
 
     @property
     def trial_of(self) -> Path | None:
@@ -126,11 +164,12 @@ class Run:
             return self.objective[1]
         if key == "seconds":
             return sum(self.summary["seconds"].values()) if "seconds" in self.summary else None
-        final = (self.summary.get("metrics") or {}).get("final") or {}
-        groups = (
-            {} if self.summary else {g: self.choices.get(g) for g in _GROUPS}
-        )  # before there is a summary
-        for facts in (self.summary, final, groups, self.config):
+        if key == "steps" and not self.ended:
+            return self._newest[-1]["step"] if self._newest else None
+        # before there is a summary
+        groups = {} if self.summary else {g: self.choices.get(g) for g in _GROUPS}
+        told = (self.summary, self.final) if self.ended else (self.final, self.summary)
+        for facts in (*told, groups, self.config):
             if facts.get(key) is not None and not isinstance(facts[key], dict | list):
                 return facts[key]
         return None
@@ -189,14 +228,16 @@ def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
     except OSError:
         return
     names = {entry.name for entry in entries}
-    if {"config.yaml", "summary.json"} & names:
+    if _RUN & names:
         yield folder, True
         return
     if _STUDY & names:
         yield folder, False
     for entry in entries:
-        if entry.is_dir(follow_symlinks=False) and entry.name not in _NOT_RUNS:
-            yield from _walk(folder / entry.name)
+        if entry.is_dir(follow_symlinks=False) and entry.name not in _NEVER_RUNS:
+            inner = folder / entry.name
+            if entry.name not in _PARTS or any((inner / mark).is_file() for mark in _RUN):
+                yield from _walk(inner)
 
 
 def find_run(name: str, home: Path = HOME) -> Run:
@@ -231,7 +272,7 @@ def matching(runs: Iterable[Run], filters: Iterable[str]) -> list[Run]:
     Raises:
         UserError: a filter cannot be read, or no run knows its key.
     """
-    runs = list(runs)
+    everything = runs = list(runs)
     for text in filters:
         parsed = _FILTER.fullmatch(text)
         if parsed is None:
@@ -239,8 +280,8 @@ def matching(runs: Iterable[Run], filters: Iterable[str]) -> list[Run]:
             raise UserError(Violation("filter", text, why, fix))
         key, sign, wanted = parsed[1], parsed[2], _plain(parsed[3])
         values = [run.value(key) for run in runs]
-        if runs and all(value is None for value in values):
-            known = {k for run in runs for k in run.config} | {"status", "name", "objective", "started"}
+        if everything and all(run.value(key) is None for run in everything):
+            known = {k for run in everything for k in run.config} | {"status", "name", "objective", "started"}
             raise UserError(Violation("filter", text, f"no run has {key!r}", nearest(key, sorted(known))))
         runs = [run for run, value in zip(runs, values, strict=True) if _holds(_COMPARE[sign], value, wanted)]
     return runs

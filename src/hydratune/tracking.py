@@ -12,7 +12,6 @@ import logging
 import math
 import netrc
 import os
-import re
 import subprocess
 import sys
 import time
@@ -25,16 +24,13 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from hydratune.objective import Objective, default, named
+from hydratune.objective import Objective, default, last_values, named
 from hydratune.rowfile import append_rows
+from hydratune.secrets import redact, redact_override
 from hydratune.settings import RunSettings
 
 log = logging.getLogger("hydratune")
 
-_SECRET = re.compile(
-    r"(?i)(^|_)(api_?key|password|passwd|secret|credentials?|(access|auth|hub|hf|user)_?token|token)$"
-)
-_NOT_SECRET = re.compile(r"(?i)^(eos|pad|bos|unk|stop|sep|cls|mask)_token$")
 _PACKAGES = ("hydratune", "torch", "transformers", "peft", "accelerate", "datasets", "hydra-core", "wandb")
 _SECONDS_TO_CONNECT = 20
 _SECONDS_TO_UPLOAD = 60
@@ -55,20 +51,6 @@ class PhaseClock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-def redact(config: Any) -> Any:
-    """The config with the values of keys that look like secrets replaced by ***."""
-    if isinstance(config, dict):
-        return {
-            key: "***"
-            if isinstance(value, str) and _SECRET.search(str(key)) and not _NOT_SECRET.match(str(key))
-            else redact(value)
-            for key, value in config.items()
-        }
-    if isinstance(config, list):
-        return [redact(value) for value in config]
-    return config
 
 
 def write_config(out_dir: Path, resolved: dict[str, Any]) -> None:
@@ -120,6 +102,17 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+
+
+@contextmanager
+def _clean_arguments() -> Iterator[None]:
+    """`sys.argv` without secrets, for W&B records it."""
+    before = sys.argv
+    sys.argv = [redact_override(word) for word in before]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 class RunTracker:
@@ -174,21 +167,22 @@ class RunTracker:
         config = {**redact(settings.resolved), **(extra_config or {}), **filed.pop("config", {})}
         patience = _SECONDS_TO_START if mode == "offline" else _SECONDS_TO_CONNECT
         names = {"group": tracking.group, "name": settings.run_name or self._out.name}
-        return wandb.init(
-            mode=mode,
-            dir=str(self._out),
-            project=tracking.project,
-            entity=tracking.entity,
-            notes=tracking.notes,
-            tags=list(dict.fromkeys(tag for tag in tags if tag and tag != "none")),
-            config=config,
-            reinit="finish_previous",
-            **{**names, **filed},
-            settings=wandb.Settings(
-                silent=True, console="off", save_code=False, disable_git=True, init_timeout=patience,
-                login_timeout=patience, finish_timeout=_SECONDS_TO_UPLOAD, x_service_wait=_SECONDS_TO_START,
-            ),
-        )  # fmt: skip
+        with _clean_arguments():
+            return wandb.init(
+                mode=mode,
+                dir=str(self._out),
+                project=tracking.project,
+                entity=tracking.entity,
+                notes=tracking.notes,
+                tags=list(dict.fromkeys(tag for tag in tags if tag and tag != "none")),
+                config=config,
+                reinit="finish_previous",
+                **{**names, **filed},
+                settings=wandb.Settings(
+                    silent=True, console="off", save_code=False, disable_git=True, init_timeout=patience,
+                    login_timeout=patience, finish_timeout=_SECONDS_TO_UPLOAD, x_service_wait=_SECONDS_TO_START,
+                ),
+            )  # fmt: skip
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         if self._wandb is not None:
@@ -292,15 +286,14 @@ def collect_summary(
         training), peak_memory {bytes, kind: "cuda" or "host"}, seed, device, versions, git_commit, command, started.
     """
     events = read_metrics(out_dir)
-    final: dict[str, float] = {}
+    final = last_values(events)
     best: dict[str, float] = {}
     for event in events:
         for key, value in event.items():
             if key in ("step", "epoch", "time") or not isinstance(value, int | float):
                 continue
-            final[key] = value
             better = min if key.endswith("loss") else max
-            if key.endswith(("loss", "accuracy")):
+            if key.endswith(("loss", "accuracy", "accuracies")):
                 best[key] = better(best.get(key, value), value)
     objectives = named(settings.objective) or [Objective(default(final))]
     training = clock.seconds.get("training", 0.0)

@@ -176,7 +176,8 @@ def selected(page) -> set[str]:
     return set(page.locator(".chip .name").all_inner_texts())
 
 
-def test_a_study_and_its_runs_are_listed_and_found(opened):
+def test_a_study_and_its_runs_are_listed_and_found(opened, home):
+    (home / "live" / "now" / "metrics.jsonl").touch()  # on a busy machine the fixture may be long ago
     page = opened()
     everything = {"sweeps/tiny-lr/0", "sweeps/tiny-lr/1", "done/slow", "done/fast", "live/now"}
     assert names(page) == everything
@@ -352,6 +353,8 @@ def test_nothing_is_changed_and_nothing_else_is_served(address, home):
     told = {"storage": "postgresql://me:secret@db/studies"}
     (home / "done" / "slow" / "trial.json").write_text(json.dumps(told))
     assert "postgresql://me:***@db/studies" in asked(f"{address}/runs/done/slow/trial.json")[1]
+    (home / "done" / "slow" / ".hydra" / "more.yaml").write_text("- lr=1\n- trainer.hub_token=hf_x\n")
+    assert asked(f"{address}/runs/done/slow/.hydra/more.yaml")[1] == "- lr=1\n- trainer.hub_token=***\n"
     assert "lr: 0.0001" in asked(f"{address}/runs/done/slow/config.yaml")[1]
     assert "config.yaml" in asked(f"{address}/runs/done/slow/")[1]
 

@@ -15,9 +15,10 @@ import optuna
 import pytest
 
 from hydratune.errors import UserError
+from hydratune.secrets import hide_password
 from hydratune.sweep.search import PRUNERS, SAMPLERS, SamplerFactory, make_pruner
 from hydratune.sweep.space import Float, Space, as_space
-from hydratune.sweep.storage import hide_password, open_storage
+from hydratune.sweep.storage import open_storage
 from hydratune.sweep.study import Outcome, Study, StudyConfig, best
 from hydratune.sweep.trial import Bound
 

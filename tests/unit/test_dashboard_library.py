@@ -154,6 +154,31 @@ def test_completions_stand_side_by_side_by_prompt(tmp_path):
     assert newest == [("p", "new"), ("q", "one")]
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"chosen": "yes it is", "rejected": "no way", "score_chosen": 0.25, "score_rejected": -1.5},
+        {"step": 777777, "policy": "of the policy", "reference": "of the reference"},
+        {"completion": "an answer", "reference": "a truth"},
+    ],
+    ids=["reward", "preference", "completion"],
+)
+def test_rows_of_every_kind_are_shown(tmp_path, told):
+    pytest.importorskip("dash_ag_grid", reason="needs the extra [dashboard]")
+    from plotly.utils import PlotlyJSONEncoder
+
+    from hydratune.dashboard.layout import completions_table
+
+    folder = run(tmp_path / "a")
+    (folder / "samples.jsonl").write_text(json.dumps({"prompt": "asked", **told}) + "\n")
+    runs = Library(tmp_path).runs()
+    said = library.completions(runs, "samples")
+    shown = json.dumps(completions_table(runs, {"a": 0}, said), cls=PlotlyJSONEncoder)
+    for text in ("asked", *map(str, told.values())):
+        assert shown.count(text) == 1, text
+    assert "nothing" not in shown
+
+
 def test_studies_are_found_before_they_have_a_result(tmp_path):
     (tmp_path / "sweeps" / "s").mkdir(parents=True)
     (tmp_path / "sweeps" / "s" / ".study").write_text("x")

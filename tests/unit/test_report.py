@@ -107,3 +107,11 @@ def test_a_card_names_a_hub_base_and_hides_a_local_one(tmp_path):
     assert (
         "| evaluation loss | 1.0000 |" in text and "AutoPeftModelForCausalLM" in text and "torch 2.13" in text
     )
+
+
+def test_a_value_that_was_not_finite_is_left_out(tmp_path):
+    fill(tmp_path)
+    torn = SUMMARY | {"metrics": {"final": {"loss": None, "eval_loss": 1.0}, "best": {"eval_loss": None}}}
+    (tmp_path / "summary.json").write_text(json.dumps(torn))
+    write_report(tmp_path)
+    assert "evaluation loss" in (tmp_path / "report.html").read_text()

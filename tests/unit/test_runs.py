@@ -9,6 +9,7 @@ import time
 import pytest
 import yaml
 
+from hydratune.dashboard.library import row
 from hydratune.errors import UserError
 from hydratune.runs import curve, differences, find_run, find_runs, matching, metric_names
 
@@ -79,6 +80,16 @@ def test_every_run_is_found_the_last_that_wrote_first(home):
     assert find_runs(home / "nowhere") == []
 
 
+def test_a_run_may_be_called_like_a_part_of_one(tmp_path):
+    for name in ("base", "model"):
+        make(tmp_path / name)
+    (tmp_path / "checkpoints" / "deep").mkdir(parents=True)
+    make(tmp_path / "checkpoints" / "deep" / "not")
+    (tmp_path / "begun" / ".hydra").mkdir(parents=True)
+    (tmp_path / "begun" / ".hydra" / "config.yaml").write_text("lr: 1")
+    assert {run.name for run in find_runs(tmp_path)} == {"base", "model"}
+
+
 def test_a_trial_knows_its_study(home):
     trial, run = find_run("s/1", home), find_run("b", home)
     assert trial.trial_of == home / "sweeps" / "s" and run.trial_of is None
@@ -111,24 +122,51 @@ def test_without_any_run_the_way_out_is_to_train_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("age", "summary", "metrics_later", "status"),
+    ("age", "summary", "later", "steps", "status"),
     [
-        (0, None, 0, "running"),
-        (1000, None, 0, "stopped"),
-        (0, {"status": "failed"}, 0, "failed"),
-        (1000, {"status": "interrupted"}, 900, "running"),  # resumed, and it wrote just now
-        (1000, {"status": "interrupted"}, 100, "stopped"),  # resumed, then killed
+        (0, None, 0, [], "running"),
+        (1000, None, 0, [], "stopped"),
+        (0, {"status": "failed"}, 0, [], "failed"),
+        (1000, {"status": "failed", "steps": 0}, 0, [1], "failed"),  # it never knew its steps
+        (0, {"steps": 10}, 60, [9, 10], "completed"),  # copied: the summary may be the older file
+        (1000, {"status": "interrupted", "steps": 10}, 900, [10, 11], "running"),  # resumed
+        (1000, {"status": "interrupted", "steps": 10}, 100, [10, 11], "stopped"),  # resumed, then killed
     ],
-    ids=["young", "old", "failed", "resumed", "resumed-and-killed"],
+    ids=["young", "old", "failed", "failed-early", "copied", "resumed", "resumed-and-killed"],
 )
-def test_the_status_is_that_of_the_summary_unless_metrics_came_after_it(
-    tmp_path, age, summary, metrics_later, status
+def test_the_status_is_that_of_the_summary_unless_a_later_step_was_logged(
+    tmp_path, age, summary, later, steps, status
 ):
-    folder = make(tmp_path / "a", age=age, summary=summary)
-    if metrics_later:
-        at = time.time() - age + metrics_later
+    folder = make(tmp_path / "a", age=age, summary=summary, events=[{"step": s} for s in steps])
+    if later:
+        at = time.time() - age + later
         os.utime(folder / "metrics.jsonl", (at, at))
     assert find_run("a", tmp_path).status == status
+
+
+@pytest.mark.parametrize(("gap", "status"), [(10.0, "stopped"), (400.0, "running")])
+def test_a_run_that_logs_seldom_is_not_taken_for_dead(tmp_path, gap, status):
+    make(tmp_path / "a", age=1000, events=[{"step": i, "time": gap * i} for i in range(4)])
+    assert find_run("a", tmp_path).status == status
+
+
+def test_a_resumed_run_has_the_values_of_now(tmp_path):
+    old = {
+        "steps": 1,
+        "metrics": {"final": {"eval_loss": 3.0}},
+        "objective": {"name": "eval_loss", "value": 3.0},
+    }
+    events = [{"step": i, "time": 1.0, "eval_loss": 4.0 - i, "note": None} for i in (1, 2)]
+    make(tmp_path / "a", summary={**old, "tokens_per_second": 5.0}, events=events)
+    run = find_run("a", tmp_path)
+    assert (run.status, run.final, run.objective) == ("running", {"eval_loss": 2.0}, ("eval_loss", 2.0))
+    assert [run.value(key) for key in ("eval_loss", "steps", "tokens_per_second")] == [2.0, 2, 5.0]
+    shown = row(run)
+    assert (shown["metric"], shown["objective"], shown["steps"]) == ("eval_loss", 2.0, 2)
+
+
+def test_a_filter_may_leave_no_run_that_has_the_key_of_the_next(home):
+    assert matching(find_runs(home), ["name~10-00", "peft.r=8"]) == []
 
 
 def test_facts_settings_and_metrics_are_asked_for_by_name(home):

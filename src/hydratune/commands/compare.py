@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,10 @@ from hydratune.errors import UserError, Violation, nearest
 from hydratune.objective import direction
 from hydratune.runs import HOME, Run, curve, differences, find_run, find_runs, metric_names
 
+_ONLINE = {"ppo", "grpo"}
+_OF_A_LOSS = {"algo.beta", "algo.loss_type", "model.tokenizer", "model.chat_template_path"}
+# of data.*, all but these change which rows a loss is of, or how they are put
+_HOW = {"data.max_samples", "data.streaming", "data.num_proc", "data.cache"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _POINTS = 16  # of a curve in a cell
 _BESIDE = 5  # runs that stand side by side; more of them below each other
@@ -60,12 +64,15 @@ def compare(
     console = Console()
     order = _ranked(found, metrics)
     few = order[: limit or None]
-    rows = [*_settings(found, settings), *_results(found, metrics), *_costs(found)]
+    unfair = _unfair(found, settings)
+    rows = [*_settings(found, settings), *_results(found, metrics, unfair), *_costs(found)]
     if len(few) <= _BESIDE:
         few = sorted(few)  # as they were named
     _print(console, [found[i].name for i in few], [(name, [cells[i] for i in few]) for name, cells in rows])
     if not settings:
         terminal.say(console, "no setting differs")
+    elif unfair and any(_is_loss(name) for name in metrics):
+        terminal.say(console, f"no loss is marked: {unfair}")
     if len(few) < len(found):
         terminal.say(console, f"{len(found)} runs, the {len(few)} best shown: --limit 0 shows all")
 
@@ -93,21 +100,13 @@ def _number(run: Run) -> tuple[int, str]:
     return (int(run.name), "") if run.name.isdigit() else (0, run.name)
 
 
-def _final(run: Run) -> dict[str, float]:
-    """The last value of each metric: of the summary, or of what a run has logged so far."""
-    final = (run.summary.get("metrics") or {}).get("final")
-    if final is None:
-        final = {k: v for event in run.events for k, v in event.items() if k not in ("step", "epoch", "time")}
-    return {k: v for k, v in final.items() if isinstance(v, int | float)}
-
-
 def _metrics(runs: Sequence[Run], asked: Sequence[str]) -> list[str]:
     """Those asked for; else the objective, and what was evaluated or else trained by, where the name tells what is better.
 
     Raises:
         UserError: no run has one that was asked for.
     """
-    known = dict.fromkeys(name for run in runs for name in _final(run))
+    known = dict.fromkeys(name for run in runs for name in run.final)
     for name in asked:
         if name not in known and name not in metric_names(runs):
             raise UserError(Violation("--metric", name, "no run has logged it", nearest(name, known)))
@@ -124,7 +123,7 @@ def _ranked(runs: Sequence[Run], metrics: Sequence[str]) -> list[int]:
     """Indices of the runs, the best by their objective first, or by the first metric where they have several."""
     names = {run.objective[0] for run in runs}
     name = names.pop() if len(names) == 1 else (metrics or [""])[0]
-    values = [run.objective[1] if run.objective[0] == name else _final(run).get(name) for run in runs]
+    values = [run.objective[1] if run.objective[0] == name else run.final.get(name) for run in runs]
     sign = -1.0 if direction(name.partition(":")[0]) == "maximize" else 1.0
     keys = [math.inf if value is None else sign * value for value in values]
     return sorted(range(len(runs)), key=keys.__getitem__)
@@ -137,7 +136,24 @@ def _settings(runs: Sequence[Run], settings: dict[str, list[Any]]) -> list[tuple
     return rows + [(key, [Text(shown(value)) for value in values]) for key, values in settings.items()]
 
 
-def _results(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[str, list[Text]]]:
+def _is_loss(name: str) -> bool:
+    return name.partition(":")[0].endswith(("loss", "perplexity"))
+
+
+def _unfair(runs: Sequence[Run], settings: Mapping[str, list[Any]]) -> str:
+    """Why the losses of these runs cannot be held against each other; "" when they can."""
+    algos = {run.value("algo") for run in runs}
+    if len(algos) > 1:
+        return "the algorithms differ"
+    if online := algos & _ONLINE:
+        return f"the loss of {online.pop()} says nothing about the model"
+    changed = [key for key in settings if key in _OF_A_LOSS or (key.startswith("data.") and key not in _HOW)]
+    if any(run.config.get("model.tokenizer") is None for run in runs):
+        changed += [key for key in settings if key == "model.name_or_path"]  # whose tokenizers may differ
+    return f"{changed[0]} differs" if changed else ""
+
+
+def _results(runs: Sequence[Run], metrics: Sequence[str], unfair: str) -> list[tuple[str, list[Text]]]:
     """Final values with the best marked, their best ones where these differ, and curves on one scale."""
     rows: list[tuple[str, list[Text]]] = []
     objectives = [run.objective for run in runs]
@@ -145,13 +161,13 @@ def _results(runs: Sequence[Run], metrics: Sequence[str]) -> list[tuple[str, lis
     if len(names) > 1 or not names <= set(metrics):
         cells = [Text("–" if v is None else f"{name} {shown(v)}") for name, v in objectives]
         if len(names) == 1:
-            cells = _marked([v for _, v in objectives], min(names))
+            fair = not (unfair and _is_loss(min(names)))
+            cells = _marked([v for _, v in objectives], min(names), fair=fair)
         rows.append(("objective" if len(names) > 1 else f"objective {min(names)}", cells))
-    bests = [(run.summary.get("metrics") or {}).get("best") or {} for run in runs]
-    finals = [_final(run) for run in runs]
-    mixed = len({run.value("algo") for run in runs}) > 1  # whose losses cannot be held against each other
+    bests = [(run.summary.get("metrics") or {}).get("best") or {} if run.ended else {} for run in runs]
+    finals = [run.final for run in runs]
     for name in metrics:
-        fair = not (name.endswith("loss") and mixed)
+        fair = not (unfair and _is_loss(name))
         rows.append((name, _marked([final.get(name) for final in finals], name, fair=fair)))
         if any(name in b and b[name] != f.get(name) for b, f in zip(bests, finals, strict=True)):
             values = [b.get(name, f.get(name)) for b, f in zip(bests, finals, strict=True)]
@@ -225,14 +241,13 @@ def _print(console: Console, names: Sequence[str], rows: Sequence[tuple[str, Seq
 
 
 def _facts(runs: Sequence[Run], settings: dict[str, list[Any]], metrics: Sequence[str]) -> dict[str, Any]:
-    finals = [_final(run) for run in runs]
+    finals = [run.final for run in runs]
     values = {name: [final.get(name) for final in finals] for name in metrics}
     best = {}
-    mixed = len({run.value("algo") for run in runs}) > 1
+    unfair = _unfair(runs, settings)
     for name, of in values.items():
-        marked = [
-            cell.plain.endswith("★") for cell in _marked(of, name, fair=not (name.endswith("loss") and mixed))
-        ]
+        fair = not (unfair and _is_loss(name))
+        marked = [cell.plain.endswith("★") for cell in _marked(of, name, fair=fair)]
         best[name] = [run.name for run, is_best in zip(runs, marked, strict=True) if is_best]
     return {
         "runs": [run.name for run in runs],

@@ -53,7 +53,7 @@ def runs(
         chosen = _sorted(chosen, sort)
     chosen = chosen[::-1] if reverse else chosen
     shown = chosen[: limit or None]
-    asked = [name.strip() for name in columns.split(",")] if columns is not None else None
+    asked = list(dict.fromkeys(name.strip() for name in columns.split(","))) if columns is not None else None
     for name in asked or ():
         _known(shown, name, "--columns")
     if as_json:
@@ -74,8 +74,7 @@ def runs(
 
 def _known(runs: Sequence[Run], key: str, option: str) -> None:
     if runs and all(run.value(key) is None for run in runs):
-        final = [(run.summary.get("metrics") or {}).get("final") or {} for run in runs]
-        known = {k for run in runs for k in run.config} | {k for metrics in final for k in metrics}
+        known = {k for run in runs for k in (*run.config, *run.final)}
         known |= {"status", "name", "started", "objective", "steps", "seconds", "tokens_per_second"}
         raise UserError(Violation(option, key, "no run has it", nearest(key, sorted(known))))
 
@@ -103,7 +102,7 @@ def _facts(run: Run, keys: Sequence[str]) -> dict[str, Any]:
         "steps": run.value("steps"),
         "seconds": run.value("seconds"),
         "settings": {key: run.value(key) for key in keys},
-        "metrics": (run.summary.get("metrics") or {}).get("final") or {},
+        "metrics": run.final,
     }
 
 
@@ -128,6 +127,7 @@ def _table(console: Console, runs: Sequence[Run], keys: Sequence[str], *, fixed:
     """Status, name and algorithm, the keys, objective, steps and time; of the keys as many as fit, unless fixed."""
     names = {run.objective[0] for run in runs} - {""}
     judged = names.pop() if len(names) == 1 else ""
+    keys = [key for key in keys if key not in (judged, "steps")]  # which are shown anyway
     front: list[list[Any]] = [
         [terminal.state(run.status), run.name, str(run.value("algo") or "–")] for run in runs
     ]
@@ -164,7 +164,7 @@ def _table(console: Console, runs: Sequence[Run], keys: Sequence[str], *, fixed:
 def _results(run: Run, judged: str) -> list[str]:
     name, value = run.objective
     steps, seconds = run.value("steps"), run.value("seconds")
-    if steps is None or run.status == "running":  # not told before the end
+    if not run.ended:  # not told before the end
         last = run.events[-1:] or [{}]
         steps, seconds = last[0].get("step"), last[0].get("time")
     objective = "–" if value is None else shown(value) if judged else f"{name} {shown(value)}"

@@ -18,6 +18,7 @@ _SIDE_BY_SIDE = 6  # runs whose completions are shown
 _PROMPTS = 12
 MOST = 40  # selected runs that are shown; more cannot be told apart
 _COMPARED = 12  # of them, those whose settings stand side by side
+_NOT_SAID = {"prompt", "step", "reward", "correct"}  # which stand elsewhere
 _THEME = """themeQuartz.withParams({
   backgroundColor: 'var(--card)', foregroundColor: 'var(--ink)', borderColor: 'var(--line)', accentColor: 'var(--accent)',
   headerBackgroundColor: 'var(--card)', headerTextColor: 'var(--ink-2)', headerFontWeight: 600, chromeBackgroundColor: 'var(--card)',
@@ -235,7 +236,10 @@ def completions_table(
     shown = runs[:_SIDE_BY_SIDE]
     articles = []
     for prompt, answers in said[:_PROMPTS]:
-        reference = next((a["reference"] for a in answers if a and a.get("reference") is not None), None)
+        asked = [
+            a for a in answers if a and "completion" in a
+        ]  # else the reference is a model that answers too
+        reference = next((a["reference"] for a in asked if a.get("reference") is not None), None)
         columns = [
             html.Div([html.H4([_dot(slots[run.name]), run.name, *_marks(answer)]), _said(answer)])
             for run, answer in zip(shown, answers, strict=False)
@@ -254,7 +258,17 @@ def completions_table(
 
 
 def _said(answer: dict[str, Any]) -> Any:
-    text = str(answer.get("completion", ""))
+    """The completion; of a row without one all it has, under its name: pairs with scores, policy and reference."""
+    if "completion" in answer:
+        return _text(str(answer["completion"]))
+    told = {k: v for k, v in answer.items() if isinstance(v, str | float | int) and k not in _NOT_SAID}
+    parts = [
+        part for key, value in told.items() for part in (html.B(key.replace("_", " ")), _text(str(value)))
+    ]
+    return html.Div(parts) if parts else _text("")
+
+
+def _text(text: str) -> Any:
     return (
         html.Pre(text.strip())
         if text.strip()

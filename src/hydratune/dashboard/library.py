@@ -97,17 +97,16 @@ def chosen(runs: list[Run], text: str) -> list[Run]:
 
 
 def row(run: Run) -> dict[str, Any]:
-    """The facts of a run for the table; of one without a summary, what it has logged so far."""
+    """The facts of a run for the table; of one that has not ended, what it has logged so far."""
     facts: dict[str, Any] = {"name": run.name, "status": run.status, "started": run.started.replace("T", " ")}
     facts |= {group: run.value(group) or "" for group in ("algo", "model", "data", "peft")}
     metric, value = run.objective
     steps, speed = run.summary.get("steps"), run.summary.get("tokens_per_second")
-    if run.status == "running" or not run.summary:
-        last: dict[str, Any] = {}
-        for event in run.events:
-            last.update({k: v for k, v in event.items() if isinstance(v, int | float)})
-        metric = default(last)
-        value, steps, speed = last.get(metric), last.get("step"), last.get("tokens_per_second")
+    if not run.ended:
+        steps, speed = run.value("steps"), run.final.get("tokens_per_second")
+        if not metric:
+            metric = default(run.final)
+            value = run.final.get(metric)
     facts |= {"metric": metric, "objective": value, "steps": steps, "speed": speed}
     facts["report"] = (run.path / "report.html").is_file()
     return facts

@@ -12,7 +12,8 @@ from typing import Any
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
-from hydratune.sweep.storage import hide_password, is_url
+from hydratune.secrets import hide_password
+from hydratune.sweep.storage import is_url
 
 
 @dataclass

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import mimetypes
 import os
-import re
 import socket
 import sys
 import webbrowser
@@ -24,6 +23,7 @@ from hydratune.dashboard.page import build
 from hydratune.dashboard.studies import Curves, Studies
 from hydratune.errors import UserError, Violation
 from hydratune.runs import find_runs, find_studies
+from hydratune.secrets import redact_file
 
 HOST = "127.0.0.1"
 _NAMES = {"127.0.0.1", "localhost"}  # another name that leads here is a trick of some web page's
@@ -34,7 +34,6 @@ _PAGE = "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; st
 _FILE = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:"
 _WAY_BACK = b"""<style>#dashboard a:not([class]) { color:#3f8cf0 } #runs { position:fixed; z-index:2000; top:14px; right:24px; color:#fff;
 background:#2f6fde; border-radius:8px; padding:6px 14px; font:600 14px system-ui,sans-serif; text-decoration:none }</style><a id="runs" href="/">Runs</a>"""
-_PASSWORD = re.compile(r"(://[^:/@\s\"]*:)[^@/\s\"]+@")  # of a study's database, in what its trials were told
 _TEXT = {".jsonl", ".json", ".yaml", ".yml", ".log", ".md", ".sh", ".csv", ".txt", ".jinja", ".py", ""}
 
 
@@ -122,8 +121,8 @@ def _serve_files(server: Flask, home: Path) -> None:
             )
         kind = "text/plain" if path.suffix in _TEXT else mimetypes.guess_type(path.name)[0]
         if path.suffix in _TEXT and path.suffix not in (".jsonl", ".csv"):
-            text = _PASSWORD.sub(r"\1***@", path.read_text(encoding="utf-8", errors="replace"))
-            answer = Response(text, mimetype=kind)
+            text = path.read_text(encoding="utf-8", errors="replace")
+            answer = Response(redact_file(text, path.suffix), mimetype=kind)
         else:
             answer = send_file(path, mimetype=kind or "application/octet-stream")
         answer.headers["Content-Security-Policy"] = _FILE

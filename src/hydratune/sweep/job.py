@@ -22,6 +22,7 @@ from hydratune.checkpoints import last_checkpoint
 from hydratune.command import text
 from hydratune.errors import Interrupted, Pruned
 from hydratune.held import die_with_parent
+from hydratune.secrets import redact_override
 from hydratune.sweep.place import alone
 from hydratune.sweep.trial import VARIABLE, TrialSpec, current
 
@@ -58,9 +59,10 @@ class Command:
         return [*shared, *mine.values()]
 
     def line(self, settings: Mapping[str, Any]) -> str:
-        """As a user types it."""
+        """As a user types it, for the records and without secrets."""
         launch = self.prefix or ("python",)
-        return " ".join([*launch, Path(self.script).name, *map(shlex.quote, self.arguments(settings))])
+        shown = (shlex.quote(redact_override(word)) for word in self.arguments(settings))
+        return " ".join([*launch, Path(self.script).name, *shown])
 
     def shell(self, settings: Mapping[str, Any], env: Mapping[str, str]) -> str:
         """A shell script that runs the trial's command alone, as a run of its own."""

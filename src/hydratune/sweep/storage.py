@@ -23,6 +23,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from hydratune.errors import UserError, Violation
+from hydratune.secrets import hide_password
 
 _OPENS = 5  # two processes that create the tables at the same moment: one of them fails, and finds them then
 
@@ -125,12 +126,6 @@ def _why_not(error: Exception) -> tuple[str, str]:
         f"the database does not open ({first})",
         "check that it runs and that the URL's user, password and name are right",
     )
-
-
-def hide_password(url: str) -> str:
-    head, at, tail = url.rpartition("@")
-    scheme, sep, user = head.partition("://")
-    return f"{scheme}{sep}{user.partition(':')[0]}:***@{tail}" if at and ":" in user else url
 
 
 def can_be_shared(storage: str) -> bool:

@@ -24,9 +24,10 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from hydratune.errors import UserError, Violation
+from hydratune.secrets import hide_password
 from hydratune.sweep.search import SamplerFactory, make_pruner
 from hydratune.sweep.space import Point, Space
-from hydratune.sweep.storage import exclusive, hide_password, is_url, open_storage
+from hydratune.sweep.storage import exclusive, is_url, open_storage
 
 RESULT = "result.json"
 _MARK = ".study"  # in a study's folder: whose it is

@@ -13,13 +13,14 @@ from typing import Any
 
 from hydratune.errors import UserError, Violation
 from hydratune.objective import Objective, direction
+from hydratune.secrets import hide_password
 from hydratune.settings import SweepSettings
 from hydratune.sweep.executors import devices, make_executor, slots
 from hydratune.sweep.export import Exporter
 from hydratune.sweep.job import Command, pack
 from hydratune.sweep.search import SamplerFactory, make_pruner
 from hydratune.sweep.space import Dimension, Space, as_space, overlaps
-from hydratune.sweep.storage import can_be_shared, hide_password, is_url
+from hydratune.sweep.storage import can_be_shared, is_url
 from hydratune.sweep.study import Study, StudyConfig
 from hydratune.sweep.supervisor import Result, Supervisor, near
 from hydratune.sweep.trial import Bound
