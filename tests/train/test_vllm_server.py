@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from test_online import LORA, recipe, rows, trainer, trajectory
 from hydratune import UserError
 from hydratune.errors import TrainingFailed
 from hydratune.models import byte_tokenizer
-from hydratune.vllm_server import VLLMServer
+from hydratune.rollout import Sampling
+from hydratune.vllm_server import Refused, VLLMServer, require_plain_lora
 
 FULL, ADAPTER = ("/collective_rpc",), ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
@@ -183,6 +185,56 @@ def test_a_server_that_fails_ends_the_run_with_one_error(fault, told, served):
             run.model.model.norm.weight.zero_()
     with pytest.raises(TrainingFailed, match=told):
         run.train()
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 8}), ("bias", "all"), ("lora_bias", True),
+        ("layer_replication", [[0, 2]]), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"),
+    ],
+)  # fmt: skip
+def test_adapters_that_vllm_does_not_serve_are_refused(field, value):
+    require_plain_lora(LoraConfig(init_lora_weights="gaussian"))
+    with pytest.raises(UserError, match=f"plain LoRA adapters, not LORA, {field}"):
+        require_plain_lora(LoraConfig(**{field: value}))
+
+
+def test_token_ids_that_the_tokenizer_does_not_have_are_refused(home, tmp_path):
+    """Embeddings often have more rows than the tokenizer has tokens, and a server samples among all of them."""
+    with FakeVLLM(home).listening() as url:
+        server = VLLMServer(url, timeout=30, folder=tmp_path, adapter=False)
+        server._models(30)
+        with pytest.raises(TrainingFailed, match=r"sampled the token id .* the tokenizer has 40 tokens"):
+            server.generate([[1, 2]], Sampling(64, vocab_size=40), context=200)
+
+
+def test_a_failure_does_not_wait_for_other_requests(tmp_path):
+    server, going, ended = VLLMServer("http://x", timeout=9, folder=tmp_path, adapter=False), Event(), []
+
+    def ask(path, body, timeout, *, text=False):
+        if body["prompt"] == [0]:
+            raise Refused("it is gone")
+        going.wait(5)
+        ended.append(body)
+        raise Refused("it is gone")
+
+    server._ask = ask
+    try:
+        with pytest.raises(TrainingFailed, match="it is gone"):
+            server.generate([[i] for i in range(8)], Sampling(4), context=None, at_once=4)
+        assert not ended
+    finally:
+        going.set()
+
+
+def test_no_proxy_leads_to_this_machine(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with FakeVLLM(home, routes=FULL).listening() as url:
+        for address in (url, url.replace("127.0.0.1", "localhost")):
+            assert not VLLMServer(address, timeout=5, folder=tmp_path, adapter=False).check(str(home))
 
 
 def test_weights_that_it_cannot_read_are_told(served, tmp_path):
