@@ -8,7 +8,9 @@ used again, because the weights' name is the cache's salt.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 import urllib.error
 import urllib.request
@@ -28,6 +30,7 @@ from hydratune.errors import TrainingFailed, UserError, Violation
 from hydratune.reference import sums_of
 from hydratune.rollout import Completions, Sampling, check_prompts
 
+log = logging.getLogger("hydratune")
 KEY = "algo.vllm_server_base_url"
 _START = {
     True: "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {} --enable-lora --max-lora-rank RANK",
@@ -51,15 +54,20 @@ class VLLMServer:
         timeout: seconds that a request may take.
         folder: that it sees under the same path; weights lie there while they are sent.
         adapter: it is sent a LoRA adapter; else whole weights.
+        run: tells this run's weights from those of others on the server; the same on all its processes.
     """
 
-    def __init__(self, url: str, *, timeout: float, folder: Path, adapter: bool) -> None:
+    def __init__(self, url: str, *, timeout: float, folder: Path, adapter: bool, run: str = "") -> None:
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.folder, self.adapter = folder.expanduser().resolve(), adapter
         own = _is_loopback(self.url)  # no proxy leads there
         self._open = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if own else [])).open
         self.version = ""  # of the weights that it has; the name of the adapter too
+        self._prefix = "hydratune-" + (hashlib.sha256(run.encode()).hexdigest()[:8] + "-" if run else "")
         self._base, self._context = "", 0
+        self._lying: Path | None = (
+            None  # the adapter's directory: the server may read it anew while it has it
+        )
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
@@ -119,8 +127,8 @@ class VLLMServer:
             TrainingFailed: the server does not take them.
         """
         parameters = [p for p in policy.parameters() if p.requires_grad or not self.adapter]
-        version = "hydratune-" + sums_of(parameters).hexdigest()[:16]
-        if version == self.version:
+        version = self._prefix + sums_of(parameters).hexdigest()[:16]
+        if version == self.version and (self._lying is not None or not (self.adapter and sends)):
             return
         try:
             served = self._models(self.timeout)
@@ -138,24 +146,45 @@ class VLLMServer:
 
     def _send(self, policy: Any, version: str) -> None:
         target = self.folder / version
-        try:
-            if self.adapter:
-                active = policy.active_adapter
-                policy.save_pretrained(target, selected_adapters=[active])
-                path = target if active == "default" else target / active
-                listed = self._ask("/v1/models", None, self.timeout)["data"]
-                if not any(one.get("id") == version for one in listed):
-                    self._ask(
-                        _ROUTE[True], {"lora_name": version, "lora_path": str(path)}, self.timeout, text=True
-                    )
-                if self.version:
-                    self._ask("/v1/unload_lora_adapter", {"lora_name": self.version}, self.timeout, text=True)
-            else:
+        if not self.adapter:
+            try:
                 policy.save_pretrained(target)
                 call = {"method": "reload_weights", "kwargs": {"weights_path": str(target)}}
                 self._ask(_ROUTE[False], call, self.timeout, text=True)
-        finally:
+            finally:
+                shutil.rmtree(target, ignore_errors=True)
+            return
+        try:
+            active = policy.active_adapter
+            policy.save_pretrained(target, selected_adapters=[active])
+            path = target if active == "default" else target / active
+            listed = self._ask("/v1/models", None, self.timeout)["data"]
+            if not any(one.get("id") == version for one in listed):
+                self._ask(
+                    _ROUTE[True], {"lora_name": version, "lora_path": str(path)}, self.timeout, text=True
+                )
+            if self.version not in ("", version):
+                self._unload()
+        except BaseException:
             shutil.rmtree(target, ignore_errors=True)
+            raise
+        if target != self._lying:
+            self.tidy()
+        self._lying = target
+
+    def _unload(self) -> None:
+        try:
+            self._ask("/v1/unload_lora_adapter", {"lora_name": self.version}, self.timeout, text=True)
+        except Refused as error:
+            if error.status != 404:
+                raise
+            log.info("the vLLM server %s has no %s any more", self.url, self.version)
+
+    def tidy(self) -> None:
+        """Remove the adapter's directory; it is written anew if completions are wanted again."""
+        if self._lying is not None:
+            shutil.rmtree(self._lying, ignore_errors=True)
+            self._lying = None
 
     # -- completions ---------------------------------------------------------------------------------------------
 

@@ -117,6 +117,42 @@ def test_processes_that_send_nothing_know_the_version(home, tmp_path):
         assert both[0].version == both[1].version and len(fake.posted) == 1
 
 
+def test_two_runs_with_the_same_weights_share_a_server(home, tmp_path, caplog):
+    """Each has an adapter of its own, whose directory stays while the server has it; one that is gone is no error."""
+    fake, options = FakeVLLM(home, routes=ADAPTER), {"model": str(home), "temperature": 1.0}
+    with fake.listening() as url:
+        runs = [
+            trainer(
+                "grpo", tmp_path / name, peft_config=LORA, vllm_server_base_url=url, **options
+            )
+            for name in "ab"
+        ]  # fmt: skip
+        for run in runs:
+            run.send_weights()
+        names = [run._server.version for run in runs]
+        assert {*names} == {*fake.adapters} and len({*names}) == 2
+        assert all((tmp_path / name / version).is_dir() for name, version in zip("ab", names, strict=True))
+        del fake.adapters[names[0]]  # another one saw to it
+        with torch.no_grad():
+            next(p for p in runs[0].model.parameters() if p.requires_grad).add_(1)
+        with caplog.at_level("INFO", "hydratune"):
+            runs[0].send_weights()
+        assert f"has no {names[0]}" in caplog.text
+        assert {*fake.adapters} == {names[1], runs[0]._server.version}
+        assert [f.name for f in (tmp_path / "a").glob("hydratune-*")] == [runs[0]._server.version]
+
+
+def test_a_process_without_rows_waits_for_the_weights_too(served, monkeypatch):
+    """Of two processes and one row the second samples nothing; the first would wait for it for ever."""
+    _, run = served("grpo", evaluation=rows(1))
+    waited = []
+    monkeypatch.setattr(run.accelerator, "wait_for_everyone", lambda: waited.append(1))
+    monkeypatch.setattr(type(run.args), "world_size", property(lambda _: 2))
+    monkeypatch.setattr(type(run.args), "process_index", property(lambda _: 1))
+    run.evaluation_loop(run.get_eval_dataloader(), "", prediction_loss_only=True)
+    assert waited == [1]
+
+
 def test_a_server_with_other_weights_is_told(served, caplog):
     fake, run = served("grpo", max_steps=2)
     post = fake.post
