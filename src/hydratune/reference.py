@@ -42,6 +42,11 @@ def frozen(model: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def on_host(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of a model's state, in the host's memory."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+
 def sums_of(parameters: Iterable[torch.Tensor]) -> Any:
     """A digest of parameters: of each a few of its values, the sum of all, and that of their squares, in fp64."""
     sums = []

@@ -219,6 +219,28 @@ def test_a_trial_rolls_out_by_its_own_options(tmp_path):
     assert ratios == pytest.approx([1.0] * len(ratios), abs=1e-5)
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_a_search_after_training_starts_from_a_fresh_value_model(given, adapter, tmp_path):
+    """And trains that one, not the one before it."""
+    value = recipe(task="reward").build() if given else None
+    run = trainer("ppo", tmp_path, evaluation=rows(4), max_steps=2, peft_config=adapter, value_model=value)
+    whole = [{name: v.clone() for name, v in run.value_model.state_dict().items()}]
+    run.train()
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            whole.append({name: v.clone() for name, v in run.value_model.state_dict().items()})
+
+    run.add_callback(Look())
+    run.hyperparameter_search(hp_space=lambda trial: {"learning_rate": 1e-3}, n_trials=2, backend="optuna")
+    whole.append(run.value_model.state_dict())
+    first, *began, last = whole
+    assert len(began) == 2
+    assert all(torch.equal(first[name], one[name]) for one in began for name in first)
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
 def test_few_prompts_fill_large_rollouts(tmp_path):
     """Fewer rows than a rollout has completions: passes follow each other, nothing hangs."""
     run = trainer("ppo", tmp_path, data=rows(3), max_steps=-1, num_train_epochs=2)
