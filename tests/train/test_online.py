@@ -109,6 +109,25 @@ def test_the_first_pass_is_on_policy(algo, tmp_path):
 
 
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_an_init_that_changes_the_base_starts_at_the_reference(algo, tmp_path):
+    """PiSSA: without the adapter the policy is another model; a resumed run is held against the same one."""
+    made = [
+        trainer(
+            algo, tmp_path / name, max_steps=4, save_strategy="steps", save_steps=2, temperature=1.0,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights="pissa"),
+        ) for name in "ab"
+    ]  # fmt: skip
+    whole = trajectory(made[0])
+    assert whole["objective/kl" if algo == "ppo" else "kl"][0] == pytest.approx(0, abs=1e-4)
+    rest = trajectory(made[1], str(tmp_path / "a" / "checkpoint-2"))
+    assert {*made[1].model.peft_config} == {"default", "reference"}  # and not the value model's
+    same(
+        {key: values[-1:] for key, values in whole.items()},
+        {key: values[-1:] for key, values in rest.items()},
+    )
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
 @pytest.mark.parametrize("batch,accumulation", [(4, 2), (2, 4)])
 def test_batch_times_accumulation_equals_one_batch(algo, batch, accumulation, tmp_path):
     whole = trajectory(trainer(algo, tmp_path / "a"))

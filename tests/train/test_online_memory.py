@@ -150,6 +150,13 @@ def test_a_rollout_of_so_many_micro_batches_keeps_its_size(gib, tmp_path):
     assert offered and not any(word.startswith(("batch_size=", "accumulation=")) for word in offered)
 
 
+def test_the_plan_tells_the_reference_of_an_init_that_changes_the_base(tmp_path):
+    lora = {"type": "lora", "target_modules": "all-linear"}
+    assert qwen_1_8b("ppo", tmp_path, 80, lora).facts["reference"] == "the policy with its adapter off"
+    pissa = qwen_1_8b("ppo", tmp_path, 80, lora | {"init_lora_weights": "pissa"})
+    assert pissa.facts["reference"] == "the adapter as it was"
+
+
 @pytest.mark.parametrize("algo,option", [("ppo", "response_length"), ("grpo", "max_completion_length")])
 def test_a_rollout_that_does_not_fit_is_made_smaller(algo, option, tmp_path):
     """The keys and values of 512 sequences of 2,560 tokens are 240 GiB: fewer at a time, or shorter ones."""

@@ -421,7 +421,16 @@ class PPOTrainer(OnlineTrainer):
         values_of.save(self.accelerator.unwrap_model(self.value_model), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        policy = self.accelerator.unwrap_model(self.model if model is None else model)
+        if hasattr(policy, "peft_config"):
+            load = (
+                policy.load_adapter
+            )  # by transformers, for every folder with an adapter: not the value model's
+            policy.load_adapter = lambda path, name, **how: name == _FOLDER or load(path, name, **how)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        finally:
+            vars(policy).pop("load_adapter", None)
         values_of.load(
             self.accelerator.unwrap_model(self.value_model), Path(resume_from_checkpoint) / _FOLDER
         )
