@@ -43,6 +43,15 @@ def peft_config(fields: dict[str, Any] | None, task: str = "causal_lm") -> Any:
         ) from error
 
 
+def starts_as_nothing(config: Any) -> bool:
+    """Whether a fresh adapter of a `peft.PeftConfig` leaves the model as it is, and the base's weights too.
+
+    PiSSA, OLoRA, CorDA, LoftQ and others take the adapter's share out of the base; `init_lora_weights=False` is noise.
+    """
+    how = getattr(config, "init_lora_weights", True)
+    return how is True or str(how).lower() in ("gaussian", "eva", "mica")
+
+
 def quantization(kind: str | None, dtype: torch.dtype, task: str = "causal_lm") -> Any:
     """The bitsandbytes config of '4bit' (NF4, double quantisation: QLoRA, arXiv:2305.14314) or '8bit'.
 

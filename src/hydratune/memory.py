@@ -53,6 +53,7 @@ class Rollout:
         sorts: sampling sorts the logits (top-p).
         elsewhere: a server samples.
         copies: completions that have a prompt in common and are trained on as one sequence, where a batch holds all.
+        counts_batches: its size is a number of micro-batches, so that another batch size makes another rollout.
     """
 
     completions: int
@@ -64,6 +65,7 @@ class Rollout:
     sorts: bool = False
     elsewhere: bool = False
     copies: int = 1
+    counts_batches: bool = False
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,8 @@ def smallest_changes(load: Load, available: int) -> list[Change]:
             if fits(estimate(fewer), available):
                 break
     batch = load.batch
-    while batch % 2 == 0:
+    cuts = load.rollout is None or not load.rollout.counts_batches
+    while cuts and batch % 2 == 0:
         batch //= 2
         smaller = replace(load, batch=batch, accumulation=load.accumulation * load.batch // batch)
         singles.append((f"batch_size={batch} accumulation={smaller.accumulation}", smaller))
@@ -352,11 +355,12 @@ def smallest_changes(load: Load, available: int) -> list[Change]:
             load, length=load.length - half, rollout=replace(load.rollout, new=load.rollout.new - half)
         )
         singles.append((f"{load.rollout.new_option}={load.rollout.new - half}", shorter))
-    least = replace(
-        adapter if full else load, batch=1, accumulation=load.batch * load.accumulation, checkpointing=True
-    )
+    least = replace(adapter if full else load, checkpointing=True)
     typed = ["peft=lora"] if full else []
-    typed += ["trainer.gradient_checkpointing=true", f"batch_size=1 accumulation={least.accumulation}"]
+    typed += ["trainer.gradient_checkpointing=true"]
+    if cuts:
+        least = replace(least, batch=1, accumulation=load.batch * load.accumulation)
+        typed.append(f"batch_size=1 accumulation={least.accumulation}")
     if load.rollout is not None:
         least = replace(least, rollout=replace(load.rollout, at_once=1))
         typed.append("algo.local_rollout_forward_batch_size=1")

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hydratune import memory, terminal
+from hydratune.adapters import starts_as_nothing
 from hydratune.amounts import amount
 from hydratune.data.tokenize import render_example
 from hydratune.data.tokenize_preference import render_preference
@@ -106,7 +107,9 @@ def make(
         "attention": recipe.attn_implementation,
     }
     if (kind := trainer_class.reference_kind(args, recipe.peft_config is not None)) is not None:
-        facts["reference"] = kind
+        own = recipe.peft_config is not None and not starts_as_nothing(recipe.peft_config)
+        off = "the policy with its adapter off"
+        facts["reference"] = "the adapter as it was" if own and kind == off else kind
     facts |= trainer_class.facts(args)
     for split, made_of in reports.items():
         facts[f"{split} rows"] = "\n".join(made_of.lines()) if made_of.rows else "a stream"

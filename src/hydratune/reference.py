@@ -1,7 +1,7 @@
 """The reference policy: what a trained policy is held against, with as few weights in memory as it takes.
 
-With an adapter the reference is the policy with its adapter off, or with the adapter as it was at the start; without one
-it is a frozen copy, or the model that is given. Log-probs that were computed before training need no reference at all.
+With an adapter the reference is the policy with its adapter off, or with the adapter as it was at the start where that
+changes something or has changed the base; without one it is a frozen copy, or the model that is given. Log-probs that were computed before training need no reference at all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from hydratune.adapters import starts_as_nothing
 
 Kind = Literal["adapter off", "first adapter", "frozen copy", "given", "policy itself"]
 _FIRST = "reference"  # name of the adapter that is kept as it was
@@ -40,6 +42,11 @@ def frozen(model: Any) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def on_host(model: Any) -> dict[str, torch.Tensor]:
+    """A copy of a model's state, in the host's memory."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+
 def sums_of(parameters: Iterable[torch.Tensor]) -> Any:
     """A digest of parameters: of each a few of its values, the sum of all, and that of their squares, in fp64."""
     sums = []
@@ -58,7 +65,7 @@ class Reference:
     Args:
         policy: the policy before training, unwrapped.
         given: the reference itself, if there is one.
-        ours: whether the policy's adapter was made here, and so changes nothing yet.
+        ours: whether the policy's adapter was made here; it changes nothing yet, unless its init says otherwise.
         lasting: whether it is needed once the policy has changed; else nothing is copied.
     """
 
@@ -67,7 +74,11 @@ class Reference:
         if given is not None:
             self.kind: Kind = "given"
             self.model = frozen(given)
-        elif hasattr(policy, "peft_config") and ours:
+        elif (
+            hasattr(policy, "peft_config")
+            and ours
+            and starts_as_nothing(policy.peft_config[policy.active_adapter])
+        ):
             self.kind = "adapter off"
         elif not lasting:
             self.kind = "policy itself"
@@ -123,10 +134,14 @@ class Reference:
 def _keep_adapter(policy: Any) -> None:
     """A second adapter with the values of the first, which is never trained."""
     name = policy.active_adapter
-    policy.add_adapter(_FIRST, copy.deepcopy(policy.peft_config[name]))
+    config = copy.deepcopy(policy.peft_config[name])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # an init like PiSSA would change the base once more
+    policy.add_adapter(_FIRST, config)
     state = dict(policy.named_parameters())
     with torch.no_grad():
         for key, value in state.items():
-            if f".{_FIRST}." in key:
-                value.copy_(state[key.replace(f".{_FIRST}.", f".{name}.")])
+            parts = key.split(".")  # of embeddings the adapter's name is the last one
+            if _FIRST in parts:
+                value.copy_(state[".".join(name if part == _FIRST else part for part in parts)])
     policy.set_adapter(name)

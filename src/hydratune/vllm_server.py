@@ -8,23 +8,29 @@ used again, because the weights' name is the cache's salt.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 
+from hydratune.adapters import starts_as_nothing
 from hydratune.errors import TrainingFailed, UserError, Violation
 from hydratune.reference import sums_of
 from hydratune.rollout import Completions, Sampling, check_prompts
 
+log = logging.getLogger("hydratune")
 KEY = "algo.vllm_server_base_url"
 _START = {
     True: "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {} --enable-lora --max-lora-rank RANK",
@@ -48,13 +54,20 @@ class VLLMServer:
         timeout: seconds that a request may take.
         folder: that it sees under the same path; weights lie there while they are sent.
         adapter: it is sent a LoRA adapter; else whole weights.
+        run: tells this run's weights from those of others on the server; the same on all its processes.
     """
 
-    def __init__(self, url: str, *, timeout: float, folder: Path, adapter: bool) -> None:
+    def __init__(self, url: str, *, timeout: float, folder: Path, adapter: bool, run: str = "") -> None:
         self.url, self.timeout = url.rstrip("/").removesuffix("/v1"), timeout
         self.folder, self.adapter = folder.expanduser().resolve(), adapter
+        own = _is_loopback(self.url)  # no proxy leads there
+        self._open = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if own else [])).open
         self.version = ""  # of the weights that it has; the name of the adapter too
+        self._prefix = "hydratune-" + (hashlib.sha256(run.encode()).hexdigest()[:8] + "-" if run else "")
         self._base, self._context = "", 0
+        self._lying: Path | None = (
+            None  # the adapter's directory: the server may read it anew while it has it
+        )
 
     # -- what it is ----------------------------------------------------------------------------------------------
 
@@ -114,8 +127,8 @@ class VLLMServer:
             TrainingFailed: the server does not take them.
         """
         parameters = [p for p in policy.parameters() if p.requires_grad or not self.adapter]
-        version = "hydratune-" + sums_of(parameters).hexdigest()[:16]
-        if version == self.version:
+        version = self._prefix + sums_of(parameters).hexdigest()[:16]
+        if version == self.version and (self._lying is not None or not (self.adapter and sends)):
             return
         try:
             served = self._models(self.timeout)
@@ -133,24 +146,45 @@ class VLLMServer:
 
     def _send(self, policy: Any, version: str) -> None:
         target = self.folder / version
-        try:
-            if self.adapter:
-                active = policy.active_adapter
-                policy.save_pretrained(target, selected_adapters=[active])
-                path = target if active == "default" else target / active
-                listed = self._ask("/v1/models", None, self.timeout)["data"]
-                if not any(one.get("id") == version for one in listed):
-                    self._ask(
-                        _ROUTE[True], {"lora_name": version, "lora_path": str(path)}, self.timeout, text=True
-                    )
-                if self.version:
-                    self._ask("/v1/unload_lora_adapter", {"lora_name": self.version}, self.timeout, text=True)
-            else:
+        if not self.adapter:
+            try:
                 policy.save_pretrained(target)
                 call = {"method": "reload_weights", "kwargs": {"weights_path": str(target)}}
                 self._ask(_ROUTE[False], call, self.timeout, text=True)
-        finally:
+            finally:
+                shutil.rmtree(target, ignore_errors=True)
+            return
+        try:
+            active = policy.active_adapter
+            policy.save_pretrained(target, selected_adapters=[active])
+            path = target if active == "default" else target / active
+            listed = self._ask("/v1/models", None, self.timeout)["data"]
+            if not any(one.get("id") == version for one in listed):
+                self._ask(
+                    _ROUTE[True], {"lora_name": version, "lora_path": str(path)}, self.timeout, text=True
+                )
+            if self.version not in ("", version):
+                self._unload()
+        except BaseException:
             shutil.rmtree(target, ignore_errors=True)
+            raise
+        if target != self._lying:
+            self.tidy()
+        self._lying = target
+
+    def _unload(self) -> None:
+        try:
+            self._ask("/v1/unload_lora_adapter", {"lora_name": self.version}, self.timeout, text=True)
+        except Refused as error:
+            if error.status != 404:
+                raise
+            log.info("the vLLM server %s has no %s any more", self.url, self.version)
+
+    def tidy(self) -> None:
+        """Remove the adapter's directory; it is written anew if completions are wanted again."""
+        if self._lying is not None:
+            shutil.rmtree(self._lying, ignore_errors=True)
+            self._lying = None
 
     # -- completions ---------------------------------------------------------------------------------------------
 
@@ -203,24 +237,23 @@ class VLLMServer:
         def one(i: int) -> list[tuple[np.ndarray, np.ndarray]]:
             ids = [int(token) for token in prompts[i]]
             asked = {**shared, "prompt": ids, "max_tokens": limits[i], "seed": seeds[i]}
-            return self._completions(asked, sampling.stop_token_ids)
+            return self._completions(asked, sampling)
 
-        with ThreadPoolExecutor(max(1, at_once // copies)) as pool:
-            try:
-                made = [pair for found in pool.map(one, range(len(prompts))) for pair in found]
-            except Refused as error:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise TrainingFailed(
-                    f"the vLLM server {self.url} gave no completions: {error}; see to it, then resume"
-                ) from error
+        pool = ThreadPoolExecutor(max(1, at_once // copies))
+        try:
+            made = [pair for found in pool.map(one, range(len(prompts))) for pair in found]
+        except Refused as error:
+            raise TrainingFailed(
+                f"the vLLM server {self.url} gave no completions: {error}; see to it, then resume"
+            ) from error
+        finally:  # a failure or Ctrl-C does not wait for the requests that are under way
+            pool.shutdown(wait=False, cancel_futures=True)
         stops = {*sampling.stop_token_ids}
         stopped = np.array([int(ids[-1]) in stops for ids, _ in made], dtype=bool)
         logps = [found for _, found in made] if sampling.temperature == 1 else None
         return Completions([ids for ids, _ in made], stopped, logps)
 
-    def _completions(
-        self, asked: dict[str, Any], stops: Sequence[int]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _completions(self, asked: dict[str, Any], sampling: Sampling) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids and log-probs of each copy of one prompt."""
         found = self._ask("/v1/completions", asked, self.timeout)
         try:
@@ -238,7 +271,13 @@ class VLLMServer:
             ) from error
         if len(made) != asked["n"] or any(len(ids) != len(logps) or not len(ids) for ids, logps in made):
             raise Refused(f"it returned {len(made)} completions for {asked['n']}, or empty ones")
+        stops, size = sampling.stop_token_ids, sampling.vocab_size
         for ids, _ in made:
+            if size is not None and int(ids.max()) >= size:
+                raise Refused(
+                    f"it sampled the token id {int(ids.max())}, and the tokenizer has {size:,} tokens: the model "
+                    "embeds more than those; a lower algo.temperature or algo.top_p makes such ids unlikely"
+                )
             ends = np.flatnonzero(np.isin(ids, stops))
             whole = len(ids) == asked["max_tokens"] and not len(ends)
             if not whole and (not len(ends) or ends[0] + 1 != len(ids)):
@@ -262,7 +301,7 @@ class VLLMServer:
             headers={"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as response:
+            with self._open(request, timeout=timeout) as response:
                 answer = response.read().decode()
             return answer if text else json.loads(answer)
         except urllib.error.HTTPError as error:
@@ -280,6 +319,15 @@ class VLLMServer:
             raise Refused(f"nothing answers there ({reason})") from error
         except ValueError as error:
             raise Refused(f"{path} answers with something else than JSON: it is no vLLM server") from error
+
+
+def _is_loopback(url: str) -> bool:
+    """Whether an address is this machine's own."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _said(error: urllib.error.HTTPError) -> str:
@@ -312,9 +360,16 @@ def require_plain_lora(adapter: Any) -> None:
     kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     odd = [
         name
-        for name in ("use_dora", "modules_to_save", "trainable_token_indices")
+        for name in (
+            "use_dora", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern",
+            "layer_replication", "lora_bias",
+        )
         if getattr(adapter, name, None)
-    ]
+    ]  # fmt: skip
+    odd += [f"bias={bias}"] if (bias := getattr(adapter, "bias", "none")) != "none" else []
+    init = getattr(adapter, "init_lora_weights", True)
+    if not isinstance(init, bool) and not starts_as_nothing(adapter):  # the server's base is as it was
+        odd.append(f"init_lora_weights={init}")
     if kind != "LORA" or odd:
         why = f"vLLM serves plain LoRA adapters, not {', '.join([kind, *odd])}"
         raise UserError(Violation(KEY, None, why, f"use peft=lora or peft=none, or leave {KEY} out"))

@@ -121,6 +121,8 @@ class FakeVLLM:
                         self.answer(200, fake.post(self.path, body))
                     except BrokenPipeError:  # the client did not wait
                         pass
+                    except KeyError as error:  # an adapter that it does not have
+                        self.answer(404, {"error": {"message": str(error), "type": "NotFoundError"}})
                     except Exception as error:
                         self.answer(500, {"error": {"message": str(error), "type": "Error"}})
 

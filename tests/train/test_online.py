@@ -109,6 +109,25 @@ def test_the_first_pass_is_on_policy(algo, tmp_path):
 
 
 @pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_an_init_that_changes_the_base_starts_at_the_reference(algo, tmp_path):
+    """PiSSA: without the adapter the policy is another model; a resumed run is held against the same one."""
+    made = [
+        trainer(
+            algo, tmp_path / name, max_steps=4, save_strategy="steps", save_steps=2, temperature=1.0,
+            peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights="pissa"),
+        ) for name in "ab"
+    ]  # fmt: skip
+    whole = trajectory(made[0])
+    assert whole["objective/kl" if algo == "ppo" else "kl"][0] == pytest.approx(0, abs=1e-4)
+    rest = trajectory(made[1], str(tmp_path / "a" / "checkpoint-2"))
+    assert {*made[1].model.peft_config} == {"default", "reference"}  # and not the value model's
+    same(
+        {key: values[-1:] for key, values in whole.items()},
+        {key: values[-1:] for key, values in rest.items()},
+    )
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
 @pytest.mark.parametrize("batch,accumulation", [(4, 2), (2, 4)])
 def test_batch_times_accumulation_equals_one_batch(algo, batch, accumulation, tmp_path):
     whole = trajectory(trainer(algo, tmp_path / "a"))
@@ -217,6 +236,28 @@ def test_a_trial_rolls_out_by_its_own_options(tmp_path):
     assert 0 <= found.objective <= 1  # the mean reward
     ratios = [e["val/ratio"] for e in run.state.log_history if e.get("step") == 1 and "val/ratio" in e]
     assert ratios == pytest.approx([1.0] * len(ratios), abs=1e-5)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("adapter", [None, LORA])
+def test_a_search_after_training_starts_from_a_fresh_value_model(given, adapter, tmp_path):
+    """And trains that one, not the one before it."""
+    value = recipe(task="reward").build() if given else None
+    run = trainer("ppo", tmp_path, evaluation=rows(4), max_steps=2, peft_config=adapter, value_model=value)
+    whole = [{name: v.clone() for name, v in run.value_model.state_dict().items()}]
+    run.train()
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            whole.append({name: v.clone() for name, v in run.value_model.state_dict().items()})
+
+    run.add_callback(Look())
+    run.hyperparameter_search(hp_space=lambda trial: {"learning_rate": 1e-3}, n_trials=2, backend="optuna")
+    whole.append(run.value_model.state_dict())
+    first, *began, last = whole
+    assert len(began) == 2
+    assert all(torch.equal(first[name], one[name]) for one in began for name in first)
+    assert any(not torch.equal(first[name], last[name]) for name in first)
 
 
 def test_few_prompts_fill_large_rollouts(tmp_path):

@@ -139,6 +139,24 @@ def test_all_models_of_ppo_are_told(tmp_path):
     assert not any("precompute_ref" in c.overrides for c in made.changes)  # no such option here
 
 
+@pytest.mark.parametrize("gib", [32, 48])
+def test_a_rollout_of_so_many_micro_batches_keeps_its_size(gib, tmp_path):
+    """Another batch size would change it, and its groups and update steps; so no advice names one."""
+    options = {"num_generations": 8, "max_completion_length": 512, "gradient_checkpointing": gib == 48}
+    free = qwen_1_8b("grpo", tmp_path, gib, **options)
+    counted = qwen_1_8b("grpo", tmp_path, gib, steps_per_generation=4, **options)
+    assert any("batch_size=" in c.overrides for c in free.changes)
+    offered = [word for c in counted.changes for word in c.overrides.split()]
+    assert offered and not any(word.startswith(("batch_size=", "accumulation=")) for word in offered)
+
+
+def test_the_plan_tells_the_reference_of_an_init_that_changes_the_base(tmp_path):
+    lora = {"type": "lora", "target_modules": "all-linear"}
+    assert qwen_1_8b("ppo", tmp_path, 80, lora).facts["reference"] == "the policy with its adapter off"
+    pissa = qwen_1_8b("ppo", tmp_path, 80, lora | {"init_lora_weights": "pissa"})
+    assert pissa.facts["reference"] == "the adapter as it was"
+
+
 @pytest.mark.parametrize("algo,option", [("ppo", "response_length"), ("grpo", "max_completion_length")])
 def test_a_rollout_that_does_not_fit_is_made_smaller(algo, option, tmp_path):
     """The keys and values of 512 sequences of 2,560 tokens are 240 GiB: fewer at a time, or shorter ones."""

@@ -40,6 +40,32 @@ def test_kinds():
     assert adapted.active_adapter == "default"
 
 
+@pytest.mark.parametrize("how", ["pissa", "olora", False, "gaussian"])
+def test_no_init_of_an_adapter_moves_policy_or_reference(how, tmp_path):
+    """PiSSA and OLoRA change the base: without the adapter it is another model; making a reference does not change it."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=how)
+    model, ids = get_peft_model(recipe().build(), copy.deepcopy(config)), torch.arange(8)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        reference = Reference(model)
+        assert reference.kind == ("adapter off" if how == "gaussian" else "first adapter")
+        assert torch.equal(model(input_ids=ids).logits, before)
+        with reference.of(model) as held:
+            torch.testing.assert_close(held(input_ids=ids).logits, before)
+    assert Reference(model, lasting=False).kind == ("adapter off" if how == "gaussian" else "policy itself")
+    run = dpo(tmp_path, recipe=recipe(peft_config=config))
+    assert trajectory(run)["loss"][0] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_the_adapter_of_an_embedding_is_kept_too():
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["embed_tokens"], init_lora_weights=False)
+    model, ids = get_peft_model(recipe().build(), config), torch.arange(8)[None]
+    with torch.no_grad(), Reference(model).of(model) as held:
+        kept = held(input_ids=ids).logits
+    torch.testing.assert_close(kept, model(input_ids=ids).logits)
+
+
 def test_an_adapter_is_off_only_inside():
     model = get_peft_model(recipe().build(), copy.deepcopy(LORA))
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from test_online import LORA, recipe, rows, trainer, trajectory
 from hydratune import UserError
 from hydratune.errors import TrainingFailed
 from hydratune.models import byte_tokenizer
-from hydratune.vllm_server import VLLMServer
+from hydratune.rollout import Sampling
+from hydratune.vllm_server import Refused, VLLMServer, require_plain_lora
 
 FULL, ADAPTER = ("/collective_rpc",), ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
@@ -115,6 +117,42 @@ def test_processes_that_send_nothing_know_the_version(home, tmp_path):
         assert both[0].version == both[1].version and len(fake.posted) == 1
 
 
+def test_two_runs_with_the_same_weights_share_a_server(home, tmp_path, caplog):
+    """Each has an adapter of its own, whose directory stays while the server has it; one that is gone is no error."""
+    fake, options = FakeVLLM(home, routes=ADAPTER), {"model": str(home), "temperature": 1.0}
+    with fake.listening() as url:
+        runs = [
+            trainer(
+                "grpo", tmp_path / name, peft_config=LORA, vllm_server_base_url=url, **options
+            )
+            for name in "ab"
+        ]  # fmt: skip
+        for run in runs:
+            run.send_weights()
+        names = [run._server.version for run in runs]
+        assert {*names} == {*fake.adapters} and len({*names}) == 2
+        assert all((tmp_path / name / version).is_dir() for name, version in zip("ab", names, strict=True))
+        del fake.adapters[names[0]]  # another one saw to it
+        with torch.no_grad():
+            next(p for p in runs[0].model.parameters() if p.requires_grad).add_(1)
+        with caplog.at_level("INFO", "hydratune"):
+            runs[0].send_weights()
+        assert f"has no {names[0]}" in caplog.text
+        assert {*fake.adapters} == {names[1], runs[0]._server.version}
+        assert [f.name for f in (tmp_path / "a").glob("hydratune-*")] == [runs[0]._server.version]
+
+
+def test_a_process_without_rows_waits_for_the_weights_too(served, monkeypatch):
+    """Of two processes and one row the second samples nothing; the first would wait for it for ever."""
+    _, run = served("grpo", evaluation=rows(1))
+    waited = []
+    monkeypatch.setattr(run.accelerator, "wait_for_everyone", lambda: waited.append(1))
+    monkeypatch.setattr(type(run.args), "world_size", property(lambda _: 2))
+    monkeypatch.setattr(type(run.args), "process_index", property(lambda _: 1))
+    run.evaluation_loop(run.get_eval_dataloader(), "", prediction_loss_only=True)
+    assert waited == [1]
+
+
 def test_a_server_with_other_weights_is_told(served, caplog):
     fake, run = served("grpo", max_steps=2)
     post = fake.post
@@ -184,6 +222,56 @@ def test_a_server_that_fails_ends_the_run_with_one_error(fault, told, served):
             run.model.model.norm.weight.zero_()
     with pytest.raises(TrainingFailed, match=told):
         run.train()
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("rank_pattern", {"q_proj": 8}), ("alpha_pattern", {"q_proj": 8}), ("bias", "all"), ("lora_bias", True),
+        ("layer_replication", [[0, 2]]), ("init_lora_weights", "pissa"), ("init_lora_weights", "olora"),
+    ],
+)  # fmt: skip
+def test_adapters_that_vllm_does_not_serve_are_refused(field, value):
+    require_plain_lora(LoraConfig(init_lora_weights="gaussian"))
+    with pytest.raises(UserError, match=f"plain LoRA adapters, not LORA, {field}"):
+        require_plain_lora(LoraConfig(**{field: value}))
+
+
+def test_token_ids_that_the_tokenizer_does_not_have_are_refused(home, tmp_path):
+    """Embeddings often have more rows than the tokenizer has tokens, and a server samples among all of them."""
+    with FakeVLLM(home).listening() as url:
+        server = VLLMServer(url, timeout=30, folder=tmp_path, adapter=False)
+        server._models(30)
+        with pytest.raises(TrainingFailed, match=r"sampled the token id .* the tokenizer has 40 tokens"):
+            server.generate([[1, 2]], Sampling(64, vocab_size=40), context=200)
+
+
+def test_a_failure_does_not_wait_for_other_requests(tmp_path):
+    server, going, ended = VLLMServer("http://x", timeout=9, folder=tmp_path, adapter=False), Event(), []
+
+    def ask(path, body, timeout, *, text=False):
+        if body["prompt"] == [0]:
+            raise Refused("it is gone")
+        going.wait(5)
+        ended.append(body)
+        raise Refused("it is gone")
+
+    server._ask = ask
+    try:
+        with pytest.raises(TrainingFailed, match="it is gone"):
+            server.generate([[i] for i in range(8)], Sampling(4), context=None, at_once=4)
+        assert not ended
+    finally:
+        going.set()
+
+
+def test_no_proxy_leads_to_this_machine(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with FakeVLLM(home, routes=FULL).listening() as url:
+        for address in (url, url.replace("127.0.0.1", "localhost")):
+            assert not VLLMServer(address, timeout=5, folder=tmp_path, adapter=False).check(str(home))
 
 
 def test_weights_that_it_cannot_read_are_told(served, tmp_path):

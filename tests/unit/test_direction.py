@@ -102,3 +102,9 @@ def test_no_file_is_too_long():
     assert not [
         p for p in [*MODULES, ROOT / "train.py"] if len(p.read_text(encoding="utf-8").splitlines()) > 500
     ]
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by name, and leaves out the second."""
+    names = [p.name for p in (ROOT / "tests").rglob("*.py") if p.name != "conftest.py"]
+    assert len(names) == len(set(names))

@@ -7,7 +7,7 @@ Rollouts are those of PPO. The losses (dapo, grpo, bnpo, dr_grpo, cispo; ratios 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -138,6 +138,12 @@ class GRPOTrainer(OnlineTrainer):
         if not args.beta:
             return None
         return "the policy with its adapter off" if adapter else "a frozen copy"
+
+    @classmethod
+    def also_in_memory(cls, args: Any, outline: Any, recipe: Any, evaluated: int) -> dict[str, Any]:
+        held = super().also_in_memory(args, outline, recipe, evaluated)
+        counts = args.steps_per_generation is not None
+        return {**held, "rollout": replace(held["rollout"], counts_batches=counts)}
 
     @property
     def needs_reference(self) -> bool:

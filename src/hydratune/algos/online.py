@@ -240,6 +240,7 @@ class OnlineTrainer(SamplingTrainer):
         numbers = in_passes(len(self.train_dataset), start, start + prompts, seed=seed, shuffled=shuffled)
         rows = [self.train_dataset[int(i)] for i in numbers]
         seeds = (args.seed, number, args.process_index)
+        self.send_weights()
         episodes, _, scored, logps = self._complete(rows, args.copies, seeds)
         self.rollouts, self.used = number + 1, 0
         self.episode += len(episodes) * args.world_size

@@ -83,6 +83,7 @@ class EvaluatingTrainer(JudgingTrainer):
 
         made: list[np.ndarray] = []
         with self._not_training():
+            self.send_weights()
             if own:
                 episodes, repeated, scored, logps = self._complete(
                     own, 1, (self.args.seed, 0, self.args.process_index)
@@ -131,6 +132,10 @@ class EvaluatingTrainer(JudgingTrainer):
         return super().hyperparameter_search(
             hp_space, compute_objective, n_trials, direction or "minimize", *args, **kwargs
         )
+
+    def send_weights(self) -> None:
+        """Have what samples use the policy as it is."""
+        raise NotImplementedError
 
     def _complete(self, rows: list[dict[str, Any]], copies: int, seed: tuple[int, ...]) -> Any:
         """Completions of rows with their rewards."""

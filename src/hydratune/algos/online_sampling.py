@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import EvalLoopOutput
 
 from hydratune.algos.online_evaluation import EvaluatingTrainer
 from hydratune.episodes import Episodes
@@ -25,13 +28,17 @@ class SamplingTrainer(EvaluatingTrainer):
         return self.args.temperature
 
     @classmethod
-    def server_of(cls, args: Any, *, adapter: bool) -> VLLMServer | None:
+    def server_of(cls, args: Any, *, adapter: bool, run: str = "") -> VLLMServer | None:
         """The server that completions come from, if they do."""
         if args.vllm_server_base_url is None:
             return None
         folder = Path(args.vllm_server_folder or args.output_dir)
         return VLLMServer(
-            args.vllm_server_base_url, timeout=args.vllm_server_timeout, folder=folder, adapter=adapter
+            args.vllm_server_base_url,
+            timeout=args.vllm_server_timeout,
+            folder=folder,
+            adapter=adapter,
+            run=run,
         )
 
     @classmethod
@@ -45,7 +52,10 @@ class SamplingTrainer(EvaluatingTrainer):
 
     def _set_server(self) -> None:
         adapters = getattr(self.model, "peft_config", None) or {}
-        self._server = self.server_of(self.args, adapter=bool(adapters))
+        # two runs may have the same weights, e.g. at their start, on one server
+        run = [uuid.uuid4().hex]
+        broadcast_object_list(run)
+        self._server = self.server_of(self.args, adapter=bool(adapters), run=run[0])
         adapter = adapters.get(getattr(self.model, "active_adapter", None))
         self.check_services(self.args, self.model.config, adapter)
 
@@ -70,6 +80,27 @@ class SamplingTrainer(EvaluatingTrainer):
         conversation = isinstance(self.train_dataset[0].get("prompt"), list)
         return stop_tokens(self.model, self.processing_class, conversation=conversation)
 
+    def send_weights(self) -> None:
+        """Have the server, if there is one, use the policy as it is; on every process, also on one that samples nothing."""
+        if self._server is not None:
+            policy = self.accelerator.unwrap_model(self.model)
+            self._server.follow(policy, sends=self.is_world_process_zero())
+            self.accelerator.wait_for_everyone()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._server is not None:
+                self._server.tidy()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            if self._server is not None and not self.is_in_train:
+                self._server.tidy()
+
     def _generate(self, prompts: list[Any], copies: int, generator: torch.Generator) -> Completions:
         policy, most = self.accelerator.unwrap_model(self.model), self.args.local_rollout_forward_batch_size
         if self._server is None:
@@ -77,8 +108,6 @@ class SamplingTrainer(EvaluatingTrainer):
                 return generate(
                     policy, prompts, self.sampling, copies=copies, batch_size=most, generator=generator
                 )
-        self._server.follow(policy, sends=self.is_world_process_zero())
-        self.accelerator.wait_for_everyone()
         return self._server.generate(
             prompts,
             self.sampling,

@@ -19,7 +19,7 @@ from hydratune.algos.judge import Judged, JudgingTrainer
 from hydratune.data.cache import cached, rows_fingerprint
 from hydratune.errors import UserError, Violation
 from hydratune.models import ModelRecipe
-from hydratune.reference import Reference
+from hydratune.reference import Reference, on_host
 from hydratune.rowfile import append_rows
 from hydratune.samples import greedy
 from hydratune.settings import option
@@ -138,7 +138,7 @@ class PolicyTrainer(JudgingTrainer):
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         if self.args.sync_ref_model and self.reference is not None and self.reference.kind == "given":
-            self._first_reference = _on_host(self._moving_reference())
+            self._first_reference = on_host(self._moving_reference())
         return super().hyperparameter_search(*args, **kwargs)
 
     def _ready_model(self, trial: Any = None) -> Any:
@@ -344,7 +344,3 @@ class _Follow(TrainerCallback):
             reference = self.trainer.reference
             assert reference is not None
             reference.follow(unwrap(self.trainer.model), args.ref_model_mixup_alpha)
-
-
-def _on_host(model: Any) -> dict[str, torch.Tensor]:
-    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}

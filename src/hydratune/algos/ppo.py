@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from hydratune.algos.online_config import OnlineConfig
 from hydratune.episodes import Episodes
 from hydratune.errors import UserError, Violation
 from hydratune.models import ModelRecipe
-from hydratune.reference import without_dropout
+from hydratune.reference import on_host, without_dropout
 from hydratune.reward_models import reward_outline
 from hydratune.rewards import Scored
 from hydratune.rl_losses import (
@@ -182,20 +183,21 @@ class PPOTrainer(OnlineTrainer):
             )
         adapter = self.recipe.peft_config if self.recipe is not None else peft_config
         shared = self.rewards.same_tokens
-        self.value_model = values_of.build_value_model(
-            args.value_model if value_model is None else value_model,
-            policy=self.model,
+        value_model = args.value_model if value_model is None else value_model
+        self._build_value_model = partial(  # from a policy as it starts; trials do so too
+            values_of.build_value_model,
+            value_model,
             recipe=self.recipe,
             reward_model=self.rewards.models[shared[0]] if shared else None,
             peft_config=adapter,
             args=args,
-            others=[
-                *self.rewards.models.values(),
-                self.model,
-                self.reference.model if self.reference else None,
-            ],
             tokens=len(self.processing_class),
         )
+        self.value_model = self._build_value_model(policy=self.model, others=self._other_models())
+        # one that is given as an instance is trained in place, and cannot be built again
+        kept = value_model is not None and not isinstance(value_model, str)
+        kept &= self.recipe is not None or self._make_model is not None  # else there is no search
+        self._first_value = on_host(self.value_model) if kept else None
         optimizer, scheduler = optimizers
         if scheduler is not None:
             known = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -204,6 +206,10 @@ class PPOTrainer(OnlineTrainer):
                 fix = "pass value_model= and put its parameters into the optimizer, or leave the scheduler to the trainer"
                 raise UserError(Violation("optimizers", None, why, fix))
         self._make_value_ready()
+
+    def _other_models(self) -> list[Any]:
+        """Those that must not be trained as the value model."""
+        return [*self.rewards.models.values(), self.model, self.reference.model if self.reference else None]
 
     def _make_value_ready(self) -> None:
         model = self.value_model
@@ -415,7 +421,16 @@ class PPOTrainer(OnlineTrainer):
         values_of.save(self.accelerator.unwrap_model(self.value_model), folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        policy = self.accelerator.unwrap_model(self.model if model is None else model)
+        if hasattr(policy, "peft_config"):
+            load = (
+                policy.load_adapter
+            )  # by transformers, for every folder with an adapter: not the value model's
+            policy.load_adapter = lambda path, name, **how: name == _FOLDER or load(path, name, **how)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        finally:
+            vars(policy).pop("load_adapter", None)
         values_of.load(
             self.accelerator.unwrap_model(self.value_model), Path(resume_from_checkpoint) / _FOLDER
         )
@@ -437,11 +452,13 @@ class PPOTrainer(OnlineTrainer):
 
     # -- search --------------------------------------------------------------------------------------------------
 
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        whole = self.accelerator.unwrap_model(self.value_model).state_dict()
-        self._first_value = {name: value.detach().to("cpu", copy=True) for name, value in whole.items()}
-        return super().hyperparameter_search(*args, **kwargs)
-
     def _ready_model(self, trial: Any = None) -> Any:
-        self.accelerator.unwrap_model(self.value_model).load_state_dict(self._first_value)
-        return super()._ready_model(trial)
+        """A trial's fresh policy, with a fresh value model."""
+        model = super()._ready_model(trial)
+        if self._first_value is not None:
+            self.accelerator.unwrap_model(self.value_model).load_state_dict(self._first_value)
+        else:
+            self.value_model = None  # before there is another one
+            self.value_model = self._build_value_model(policy=model, others=self._other_models())
+            self._make_value_ready()
+        return model
