@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from pathlib import Path
 from threading import Event
 
@@ -267,6 +268,7 @@ def test_a_failure_does_not_wait_for_other_requests(tmp_path):
 
 def test_no_proxy_leads_to_this_machine(home, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # one that was made before
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     with FakeVLLM(home, routes=FULL).listening() as url:
