@@ -1,8 +1,9 @@
 """Does online RL learn? PPO with the verifier, PPO with a trained reward model, and GRPO, each over several seeds.
 
-All start from one small model after a short SFT on the built-in sums; the reward model is made by `algo=reward` from a
-deeper one. No question stands twice in the data, so the held-out ones are new to every model. Prints a table of held-out
-accuracy before and after, and draws accuracy against episodes. Runs that are done already are not run again.
+With the verifier they start from one small model after a short SFT on the built-in sums. The reward model is made by
+`algo=reward` from a deeper model, and scores a policy that SFT on answers of which half are wrong has spoiled: the kinds of
+mistake are those of its pairs. No question stands twice in the data, so the held-out ones are new to every model. Prints a
+table of held-out accuracy before and after, and draws accuracy against episodes. Runs that are done already are not run again.
 
     python bench/learning.py --out OUT --seeds 3
     python bench/learning.py --out OUT --arms grpo --seeds 1 --picture OUT/learning.svg
@@ -30,23 +31,32 @@ SFT = "algo.assistant_only_loss=true"
 STARTS = {  # what is trained before the arms
     "base": f"{SFT} model.architecture.num_hidden_layers=2 trainer.lr_scheduler_type=constant_with_warmup epochs=12",
     "base-rm": f"{SFT} epochs=10",
-    "reward": "algo=reward model.name_or_path={out}/base-rm/model batch_size=32 lr=5e-4 epochs=4",
+    "reward-8": "algo=reward model.name_or_path={out}/base-rm/model batch_size=32 lr=3e-4 epochs=8",
+    "reward": "algo=reward model.name_or_path={out}/reward-8/model batch_size=32 lr=3e-4 epochs=4",
+    "mixed": f"{SFT} model.name_or_path={{out}}/base-rm/model lr=5e-4 epochs=2 "
+    "data.path={out}/rows/train.jsonl data.eval_path={out}/rows/eval.jsonl",
 }
 NAMES = {
-    "base": "SFT, the policy's start",
-    "base-rm": "SFT, the reward model's start",
-    "reward": "reward model",
+    "base": "SFT",
+    "base-rm": "SFT, four layers",
+    "reward-8": "reward model from it, 8 epochs",
+    "reward": "reward model, 4 epochs more",
+    "mixed": "SFT of the four layers, half of the answers wrong",
 }
 LOOKS = "trainer.eval_on_start=true trainer.eval_strategy=steps trainer.eval_steps=5 trainer.logging_steps=5"
 ONLINE = (
-    "model.name_or_path={out}/base/model batch_size=256 max_steps=30 lr=3e-4 trainer.lr_scheduler_type=linear "
+    "batch_size=256 max_steps=30 lr=3e-4 trainer.lr_scheduler_type=linear "
     f"trainer.warmup_steps=3 trainer.save_strategy=no {LOOKS} seed={{seed}}"
 )
 PPO = "algo=ppo algo.response_length=16 algo.temperature=1 algo.num_ppo_epochs=1"
 ARMS = {
-    "ppo": ("PPO, verifier", PPO),
-    "ppo-rm": ("PPO, reward model", f"{PPO} algo.reward_model={{out}}/reward/model"),
-    "grpo": ("GRPO, verifier", "algo=grpo algo.max_completion_length=16"),
+    "ppo": ("PPO, verifier", "base", PPO),
+    "grpo": ("GRPO, verifier", "base", "algo=grpo algo.max_completion_length=16"),
+    "ppo-rm": (
+        "PPO, reward model (another start)",
+        "mixed",
+        f"{PPO} algo.kl_coef=1 algo.reward_model={{out}}/reward/model",
+    ),
 }
 COLOURS = {"ppo": "#2f6fde", "ppo-rm": "#2c9b6a", "grpo": "#d9572b"}
 ACCURACY = "eval_verified_accuracy"  # of sampled completions
@@ -87,6 +97,18 @@ def train(folder: Path, settings: str, threads: int) -> None:
     (folder / "cost.json").write_text(json.dumps(cost))
 
 
+def mix(folder: Path) -> None:
+    """The rows of `DATA` with a wrong answer in about half of them, of the kinds of the built-in pairs, for SFT."""
+    from hydratune.data.load import load
+    from hydratune.settings import DataSettings
+
+    settings = DataSettings(source="builtin", size=4096, distinct=True, eval_fraction=0.125)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in zip(("train", "eval"), load(settings, 42, "unpaired"), strict=True):
+        lines = [json.dumps({"messages": r["prompt"] + r["completion"], "answer": r["answer"]}) for r in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def events(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -116,9 +138,9 @@ def table(out: Path, starts: list[str], runs: dict[str, list[Path]]) -> str:
     lines = ["| run | sampled | greedy | episodes | minutes of CPU |", "|---|---|---|---|---|"]
     for name in starts:
         folder, sampled = out / name, ""
-        if name == "base":
-            sampled = spread([c[0][1] for found in curves.values() for c in found])
-        if name == "reward":
+        if first := [c[0][1] for arm, found in curves.items() if ARMS[arm][1] == name for c in found]:
+            sampled = spread(first)
+        if name.startswith("reward"):
             said = f"{last(folder, 'eval_accuracy'):.1%} of held-out pairs"
         else:
             said = f"{last(folder, 'verified_accuracy'):.0%}"
@@ -168,14 +190,19 @@ def draw(runs: dict[str, list[Path]], path: Path) -> None:
 
 def main() -> None:
     options = parse()
-    starts = [name for name in STARTS if name == "base" or "ppo-rm" in options.arms]
+    own = {ARMS[arm][1] for arm in options.arms}
+    starts = [name for name in STARTS if (name in own if name == "base" else "mixed" in own)]
+    if "mixed" in own:
+        mix(options.out / "rows")
     for name in starts:
         train(options.out / name, STARTS[name].format(out=options.out), options.threads)
     runs: dict[str, list[Path]] = {arm: [] for arm in options.arms}
     for seed in range(1, options.seeds + 1):
         for arm in options.arms:
             folder = options.out / f"{arm}-{seed}"
-            settings = f"{ARMS[arm][1]} {ONLINE}".format(out=options.out, seed=seed)
+            _, start, own_settings = ARMS[arm]
+            settings = f"{own_settings} model.name_or_path={{out}}/{start}/model {ONLINE}"
+            settings = settings.format(out=options.out, seed=seed)
             train(folder, settings, options.threads)
             runs[arm].append(folder)
     import torch
