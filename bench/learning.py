@@ -182,7 +182,7 @@ def draw(runs: dict[str, list[Path]], path: Path) -> None:
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="center right")
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "learning"}):
         FigureCanvasSVG(figure).print_svg(str(path), metadata={"Date": None, "Creator": None})
