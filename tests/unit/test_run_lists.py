@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_runs import make
+from test_run_files import make
 from typer.testing import CliRunner
 
 from hydratune.cli import app
