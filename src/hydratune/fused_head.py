@@ -1,15 +1,13 @@
-"""The LM head and the cross-entropy as one operation, so that logits of all tokens never exist.
+"""The LM head and the loss as one operation: only positions that count are projected, a chunk at a time (`logps.py`).
 
-Only labelled positions are projected, in chunks where their logits would be large; the gradients of the hidden states
-and of the weight are made in the forward pass while a chunk's logits are at hand (three products in all, two with a
-frozen head, one without gradients). Products run in the input's dtype, sums and softmax in fp32.
-
-`FusedHead` puts this inside a model's own forward: for that time the head module takes hidden states and gives back the
-loss. Wrappers that watch a forward pass (data parallel, sharding) so see every parameter take part.
+`FusedHead` (cross-entropy) and `LogpsHead` (log-probs, and losses of them) put this inside a model's own forward: for that
+time the head module takes hidden states and gives back the loss. Wrappers that watch a forward pass (data parallel,
+sharding) so see every parameter take part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hydratune.logps import Loss, TokenStats, logps_of, token_logps, token_losses
 from hydratune.losses import token_loss
 
 IGNORED = -100
-_CPU_LOGIT_BYTES = (
-    64 * 2**20
-)  # larger blocks of logits fall out of the cache, smaller ones re-read the weight too often
-_GPU_LOGIT_BYTES = 2 * 2**30
-_GPU_LEAST_ROWS = 4096
+_WANTED = ("entropy", "correct")  # of `Stats`
 _PROBE, _LOUD = 8, 40.0  # tokens, and the spread of their logits, of `is_exact`
 
 
@@ -59,77 +54,6 @@ def rows_at(states: torch.Tensor, length: int, positions: torch.Tensor) -> torch
     return states[:, -length:].flatten(0, 1).index_select(0, positions)
 
 
-def chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
-    """How many rows are projected at a time: all when their fp32 logits fit the budget of the device."""
-    if device.type == "cpu":
-        return max(1, min(rows, _CPU_LOGIT_BYTES // (4 * vocabulary)))
-    return max(1, min(rows, max(_GPU_LEAST_ROWS, _GPU_LOGIT_BYTES // (4 * vocabulary))))
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Loss sum of rows @ weightᵀ + bias against targets, with gradients made in the forward pass."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        rows: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        softcap: float | None,
-        loss_type: str,
-        want_stats: bool,
-        want_gradients: bool,
-        chunk: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        exact = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        want_rows, want_weight, want_bias = (want_gradients and need for need in ctx.needs_input_grad[:3])
-        d_rows = torch.empty_like(rows) if want_rows else None
-        d_weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
-        d_bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
-        loss, entropy, correct = (torch.zeros((), dtype=exact, device=rows.device) for _ in range(3))
-        for start in range(0, len(rows), chunk):
-            part, wanted = rows[start : start + chunk], targets[start : start + chunk, None]
-            logits = project(part, weight, bias, softcap, exact)
-            norm = logits.logsumexp(dim=-1, keepdim=True)
-            logps = logits.gather(1, wanted) - norm
-            loss += token_loss(logps, loss_type).sum()
-            if want_stats:
-                correct += (logits.argmax(dim=-1, keepdim=True) == wanted).sum()
-                entropy += (norm.squeeze(1) - (torch.softmax(logits, dim=-1) * logits).sum(-1)).sum()
-            if not (want_rows or want_weight or want_bias):
-                continue
-            slope = 1 - (logits / softcap).square() if softcap is not None else None
-            d_logits = logits.sub_(norm).exp_()  # softmax, in the memory of the logits
-            d_logits.scatter_add_(1, wanted, torch.full_like(logps, -1.0))
-            if loss_type == "dft":
-                d_logits.mul_(logps.exp())
-            if slope is not None:
-                d_logits.mul_(slope)
-            low = d_logits.to(rows.dtype)
-            if d_rows is not None:
-                torch.mm(low, weight, out=d_rows[start : start + chunk])
-            if d_weight is not None:
-                if d_weight.dtype == low.dtype:
-                    d_weight.addmm_(low.t(), part)
-                else:
-                    d_weight += low.t() @ part
-            if d_bias is not None:
-                d_bias += d_logits.sum(0)
-        ctx.save_for_backward(d_rows, d_weight, d_bias)
-        ctx.mark_non_differentiable(entropy, correct)
-        ctx.dtypes = (rows.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return loss, entropy, correct
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        scaled = [  # in the loss's precision: 1/3 rounded to bf16 would be off by as much as a whole rounding
-            None if saved is None else (saved.to(grad.dtype) * grad).to(dtype)
-            for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
-        return (*scaled, None, None, None, None, None, None)
-
-
 def linear_cross_entropy(
     rows: torch.Tensor,
     weight: torch.Tensor,
@@ -154,58 +78,26 @@ def linear_cross_entropy(
         The summed loss, a scalar in fp32 (fp64 of fp64), differentiable once in rows, weight and bias; and `Stats`.
         Of no rows the loss is 0 and all gradients are zero.
     """
-    rows, weight, bias = in_one_dtype(rows, weight, bias)
-    count = torch.tensor(len(rows), device=rows.device)
-    chunk = chunk or chunk_rows(len(rows), len(weight), rows.device)
-    with torch.autocast(rows.device.type, enabled=False):
-        loss, entropy, correct = _LinearCrossEntropy.apply(
-            rows, weight, bias, targets, softcap, loss_type, want_stats, torch.is_grad_enabled(), chunk
-        )
-    return loss, Stats(count, entropy, correct) if want_stats else Stats(count)
-
-
-def project(
-    rows: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float | None,
-    exact: torch.dtype,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Logits [N, V] in the dtype `exact`, where wanted in the memory of `out`."""
-    if out is None:
-        logits = F.linear(rows, weight, bias).to(exact)
-    elif rows.dtype == exact:
-        logits = torch.mm(rows, weight.t(), out=out)
-        logits = logits if bias is None else logits.add_(bias)
-    else:
-        logits = out.copy_(F.linear(rows, weight, bias))
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
-
-
-def in_one_dtype(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """As autocast has it, else the weight's."""
-    device = rows.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        return rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return rows.to(weight.dtype), weight, bias
+    loss, _, found = token_losses(
+        rows, weight, targets, lambda logps: token_loss(logps, loss_type).sum(), bias,
+        softcap=softcap, stats=_WANTED if want_stats else (), chunk=chunk,
+    )  # fmt: skip
+    return loss, _summed(found, targets)
 
 
 def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, loss_type: str, want_stats: bool
 ) -> tuple[torch.Tensor, Stats]:
     """The same from logits [N, V] that are there already: for heads that are not a plain linear layer."""
-    every = torch.log_softmax(logits.double() if logits.dtype == torch.float64 else logits.float(), dim=-1)
-    loss = token_loss(every.gather(1, targets[:, None]), loss_type).sum()
-    stats = Stats(torch.tensor(len(targets), device=logits.device))
-    if want_stats:
-        with torch.no_grad():
-            stats.entropy_sum = -(every.exp() * every).sum()
-            stats.correct = (every.argmax(dim=-1) == targets).sum()
-    return loss, stats
+    logps, found = logps_of(logits, targets, _WANTED if want_stats else ())
+    return token_loss(logps, loss_type).sum(), _summed(found, targets)
+
+
+def _summed(found: TokenStats, targets: torch.Tensor) -> Stats:
+    count = torch.tensor(len(targets), device=targets.device)
+    if found.entropy is None or found.correct is None:
+        return Stats(count)
+    return Stats(count, found.entropy.sum(), found.correct.sum())
 
 
 def base_of(model: nn.Module) -> Any:
@@ -298,6 +190,61 @@ class FusedHead(Head):
             logits = self._logits(rows, *args, **kwargs)
             self.loss_sum, self.stats = cross_entropy(logits, targets, self._loss_type, self._want_stats)
         return self.loss_sum.reshape(1, 1, 1)
+
+
+class LogpsHead(Head):
+    """`with LogpsHead(model, length, positions, targets) as head: model(**batch)`, then `head.logps` and `head.stats`.
+
+    Args:
+        model: as for `FusedHead`.
+        length: T of the batch's ids [R, T]; of more hidden states only the last T count (virtual tokens come first).
+        positions: [N], of the states that predict the targets, in the flattened [R·T].
+        targets: token ids [N].
+        stats: as for `token_logps`.
+        temperature: divides the logits.
+        loss: as for `token_losses`; then `head.loss` is the summed loss, and the log-probs have no gradient.
+    """
+
+    logps: torch.Tensor
+    stats: TokenStats
+    loss: torch.Tensor | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        length: int,
+        positions: torch.Tensor,
+        targets: torch.Tensor,
+        stats: Collection[str] = (),
+        temperature: float = 1.0,
+        loss: Loss | None = None,
+    ) -> None:
+        super().__init__(model)
+        self._temperature, self._loss = temperature, loss
+        self._length, self._positions, self._targets, self._wanted = length, positions, targets, stats
+
+    def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rows = rows_at(hidden, self._length, self._positions)
+        cools = self._temperature != 1.0
+        plain = None if cools and self._softcap is not None else self._linear(rows)
+        if plain is not None:
+            rows, weight, bias = plain
+            if cools:  # the head is linear, so that its input may be divided
+                rows = rows / self._temperature
+                bias = None if bias is None else bias / self._temperature
+            given: dict[str, Any] = {"softcap": self._softcap, "stats": self._wanted}
+            if self._loss is None:
+                self.logps, self.stats = token_logps(rows, weight, self._targets, bias, **given)
+            else:
+                self.loss, self.logps, self.stats = token_losses(
+                    rows, weight, self._targets, self._loss, bias, **given
+                )
+        else:
+            logits = self._logits(rows, *args, **kwargs) / self._temperature
+            self.logps, self.stats = logps_of(logits, self._targets, self._wanted)
+            if self._loss is not None:
+                self.loss, self.logps = self._loss(self.logps), self.logps.detach()
+        return (self.logps.sum() if self.loss is None else self.loss).reshape(1, 1, 1)
 
 
 @torch.no_grad()

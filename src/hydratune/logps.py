@@ -1,9 +1,10 @@
-"""Log-probs of tokens from hidden states and the LM head, for losses that are not plain cross-entropies.
+"""Log-probs of tokens from hidden states and the LM head's weight, and losses of them, without logits of all tokens.
 
-Where a token's loss is a function of its own log-prob alone, loss and gradients are made in one pass over the logits, as
-in `fused_head.py` (`token_losses`). Where its share of the gradient is known only once all log-probs of its sequence are
-(`token_logps`), a frozen head can still have its gradients made at once, to be scaled later; a trained one projects a
-second time in the backward pass. Logits of more than a chunk never exist, and chunks share their memory.
+Where a token's loss is a function of its own log-prob alone, loss and gradients are made in one pass over the logits
+(`token_losses`: three products, two with a frozen head, one without gradients). Where its share of the gradient is known
+only once all log-probs of its sequence are (`token_logps`), a frozen head can still have its gradients made at once, to be
+scaled later; a trained one projects a second time in the backward pass. Logits of more than a chunk never exist, and chunks
+share their memory. Products run in the input's dtype, sums and softmax in fp32.
 """
 
 from __future__ import annotations
@@ -13,9 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 
-from hydratune.fused_head import Head, chunk_rows, in_one_dtype, project, rows_at
+_CPU_LOGIT_BYTES = (
+    64 * 2**20
+)  # larger blocks of logits fall out of the cache, smaller ones re-read the weight too often
+_GPU_LOGIT_BYTES = 2 * 2**30
+_GPU_LEAST_ROWS = 4096
 
 
 @dataclass
@@ -293,7 +298,7 @@ def token_logps(
         Log-probs [N] in fp32 (fp64 of fp64), differentiable once in rows, weight and bias; and `TokenStats`.
     """
     rows, weight, bias = in_one_dtype(rows, weight, bias)
-    chunk = chunk or _chunk_rows(rows, weight)
+    chunk = chunk or chunk_rows(len(rows), len(weight), rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         logps, *made = _TokenLogps.apply(
             rows, weight, bias, targets, softcap, tuple(stats), torch.is_grad_enabled(), chunk
@@ -321,7 +326,7 @@ def token_losses(
         The summed loss, differentiable once in rows, weight and bias; log-probs [N] without gradient; `TokenStats`.
     """
     rows, weight, bias = in_one_dtype(rows, weight, bias)
-    chunk = chunk or _chunk_rows(rows, weight)
+    chunk = chunk or chunk_rows(len(rows), len(weight), rows.device)
     with torch.autocast(rows.device.type, enabled=False):
         total, logps, *made = _TokenLosses.apply(
             rows, weight, bias, targets, softcap, loss, tuple(stats), torch.is_grad_enabled(), chunk
@@ -329,63 +334,41 @@ def token_losses(
     return total, logps, TokenStats(*made)
 
 
-def _chunk_rows(rows: torch.Tensor, weight: torch.Tensor) -> int:
-    return chunk_rows(len(rows), 2 * len(weight), rows.device)  # two blocks of a chunk's logits
+def chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
+    """How many rows are projected at a time: all when two blocks of fp32 logits fit the device's budget."""
+    if device.type == "cpu":
+        return max(1, min(rows, _CPU_LOGIT_BYTES // (8 * vocabulary)))
+    return max(1, min(rows, max(_GPU_LEAST_ROWS, _GPU_LOGIT_BYTES // (8 * vocabulary))))
 
 
-class LogpsHead(Head):
-    """`with LogpsHead(model, length, positions, targets) as head: model(**batch)`, then `head.logps` and `head.stats`.
+def project(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None,
+    exact: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits [N, V] in the dtype `exact`, where wanted in the memory of `out`."""
+    if out is None:
+        logits = F.linear(rows, weight, bias).to(exact)
+    elif rows.dtype == exact:
+        logits = torch.mm(rows, weight.t(), out=out)
+        logits = logits if bias is None else logits.add_(bias)
+    else:
+        logits = out.copy_(F.linear(rows, weight, bias))
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
-    Args:
-        model: as for `FusedHead`.
-        length: T of the batch's ids [R, T]; of more hidden states only the last T count (virtual tokens come first).
-        positions: [N], of the states that predict the targets, in the flattened [R·T].
-        targets: token ids [N].
-        stats: as for `token_logps`.
-        temperature: divides the logits.
-        loss: as for `token_losses`; then `head.loss` is the summed loss, and the log-probs have no gradient.
-    """
 
-    logps: torch.Tensor
-    stats: TokenStats
-    loss: torch.Tensor | None = None
-
-    def __init__(
-        self,
-        model: nn.Module,
-        length: int,
-        positions: torch.Tensor,
-        targets: torch.Tensor,
-        stats: Collection[str] = (),
-        temperature: float = 1.0,
-        loss: Loss | None = None,
-    ) -> None:
-        super().__init__(model)
-        self._temperature, self._loss = temperature, loss
-        self._length, self._positions, self._targets, self._wanted = length, positions, targets, stats
-
-    def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        rows = rows_at(hidden, self._length, self._positions)
-        cools = self._temperature != 1.0
-        plain = None if cools and self._softcap is not None else self._linear(rows)
-        if plain is not None:
-            rows, weight, bias = plain
-            if cools:  # the head is linear, so that its input may be divided
-                rows = rows / self._temperature
-                bias = None if bias is None else bias / self._temperature
-            given: dict[str, Any] = {"softcap": self._softcap, "stats": self._wanted}
-            if self._loss is None:
-                self.logps, self.stats = token_logps(rows, weight, self._targets, bias, **given)
-            else:
-                self.loss, self.logps, self.stats = token_losses(
-                    rows, weight, self._targets, self._loss, bias, **given
-                )
-        else:
-            logits = self._logits(rows, *args, **kwargs) / self._temperature
-            self.logps, self.stats = logps_of(logits, self._targets, self._wanted)
-            if self._loss is not None:
-                self.loss, self.logps = self._loss(self.logps), self.logps.detach()
-        return (self.logps.sum() if self.loss is None else self.loss).reshape(1, 1, 1)
+def in_one_dtype(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As autocast has it, else the weight's."""
+    device = rows.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return rows.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return rows.to(weight.dtype), weight, bias
 
 
 def logps_of(

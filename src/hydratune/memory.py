@@ -16,7 +16,7 @@ from math import ceil
 from typing import Any
 
 from hydratune.columns import ROOM
-from hydratune.fused_head import chunk_rows
+from hydratune.logps import chunk_rows
 
 _ADAM_STATES = {
     "adamw_bnb_8bit": 2,
@@ -234,7 +234,7 @@ def estimate(load: Load) -> MemoryEstimate:
         beside = _activations(load, load.critic, tokens)
         activations += beside
     projected = tokens if load.rollout is None else load.batch * load.rollout.new
-    logits = 2 * _chunk(load, projected) if load.rollout is None else _blocks(load, projected)
+    logits = _blocks(load, projected)
     head = max(0, logits - beside) + 2 * projected * load.hidden * product
     head += 4 * load.vocabulary * load.hidden if load.head_trained else 0
     return MemoryEstimate(
@@ -267,17 +267,14 @@ def _activations(load: Load, shape: Load | Shape, tokens: int) -> int:
     return tokens * (kept if load.checkpointing else shape.layers * layer) + casts
 
 
-def _chunk(load: Load, rows: int) -> int:
-    """Bytes of the fp32 logits of the rows that are projected at a time."""
+def _blocks(load: Load, rows: int) -> int:
+    """Bytes of a chunk's fp32 logits and their softmax, and of one copy in the dtype of the product."""
     import torch
 
+    if not load.vocabulary:
+        return 0
     device = torch.device("cuda" if load.device == "cuda" else "cpu")
-    return 4 * load.vocabulary * chunk_rows(rows, load.vocabulary, device) if load.vocabulary else 0
-
-
-def _blocks(load: Load, rows: int) -> int:
-    """Bytes of a chunk's logits and their softmax where log-probs are made, and of one copy in the dtype of the product."""
-    both = _chunk(replace(load, vocabulary=2 * load.vocabulary), rows)
+    both = 8 * load.vocabulary * chunk_rows(rows, load.vocabulary, device)
     return both * 5 // 4 if load.autocast or load.width == 2 else both
 
 

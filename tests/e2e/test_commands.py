@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import suppress
 from fcntl import ioctl
 from pathlib import Path
 
@@ -363,10 +364,10 @@ class Terminal:
 
     def press(self, key, text):
         """Presses a key until it is heard: readline misses one that comes between its prompt and its wait for input."""
-        for _ in range(30):
+        for _ in range(12):
             self.type(key)
-            if select.select([self.fd], [], [], 1)[0]:
-                break
+            with suppress(AssertionError):
+                return self.wait_for(text, seconds=5)
         return self.wait_for(text)
 
     def end(self, seconds=60):

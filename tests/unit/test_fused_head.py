@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hydratune.fused_head import FusedHead, chunk_rows, cross_entropy, is_exact, linear_cross_entropy, select
+from hydratune.fused_head import FusedHead, cross_entropy, is_exact, linear_cross_entropy, select
+from hydratune.logps import chunk_rows
 from hydratune.losses import token_loss
 
 

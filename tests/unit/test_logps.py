@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from hydratune import attention
 from hydratune.data.collate_preference import Layout
-from hydratune.logps import STATS, LogpsHead, token_logps, token_losses
+from hydratune.fused_head import LogpsHead
+from hydratune.logps import STATS, token_logps, token_losses
 from hydratune.meter import Meter
 from hydratune.rl_losses import ppo_policy_loss
 from hydratune.score import ScoreHead

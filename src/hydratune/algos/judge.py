@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from hydratune.algos.base import BaseTrainer
-from hydratune.fused_head import rows_at
-from hydratune.logps import LogpsHead, Loss, TokenStats, logps_of
+from hydratune.fused_head import LogpsHead, rows_at
+from hydratune.logps import Loss, TokenStats, logps_of
 from hydratune.models import ModelRecipe
 from hydratune.packing import settle_padding
 from hydratune.reference import Reference, without_dropout
