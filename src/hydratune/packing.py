@@ -18,7 +18,7 @@ def settle_padding(args: Any, model: Any) -> None:
     """`padding_free: null` becomes what is exact and fast for this model.
 
     Raises:
-        UserError: it is asked for, and sequences of this model would see each other.
+        UserError: it is asked for, or rows are packed, and sequences of this model would see each other.
     """
     name, config = model.config._attn_implementation, model.config.get_text_config()
     layers = {
@@ -27,18 +27,21 @@ def settle_padding(args: Any, model: Any) -> None:
     }
     carries_state = any("attention" not in kind or "linear" in kind for kind in layers)
     virtual = any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values())
-    if args.padding_free is None:
-        args.padding_free = attention.fast_when_packed(name) and not (carries_state or virtual)
-    elif args.padding_free and (carries_state or virtual or not attention.exact_when_packed(name)):
+    apart = not (carries_state or virtual)
+    asked = next((option for option in ("packing", "padding_free") if getattr(args, option, None)), None)
+    if asked and not (apart and attention.exact_when_packed(name)):
         who = "virtual tokens" if virtual else f"{config.model_type} with the attention {name}"
         raise UserError(
             Violation(
-                "algo.padding_free",
+                f"algo.{asked}",
                 True,
                 f"{who} would let sequences see each other",
                 "use model.attn_implementation=auto, or leave it out",
             )
         )
+    if args.padding_free is None:
+        split = getattr(args, "n_gpu", 1) > 1  # DataParallel would cut one row into none
+        args.padding_free = apart and not split and attention.fast_when_packed(name)
 
 
 def layout_for(args: Any, tokenizer: Any, model: Any) -> Layout:

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
 
-from hydratune import SFTConfig, SFTTrainer, UserError, merge_adapter
+from hydratune import SFTConfig, SFTTrainer, UserError, attention, merge_adapter
 from hydratune.data.builtin import arithmetic
 from hydratune.models import ModelRecipe, byte_tokenizer
 
@@ -37,13 +37,23 @@ def config(folder, **options) -> SFTConfig:
     return SFTConfig(**defaults | options)
 
 
-def trainer(folder, *, data: Dataset | None = None, callbacks=None, **options) -> SFTTrainer:
+def trainer(
+    folder,
+    *,
+    data: Dataset | None = None,
+    attn_implementation="sdpa",
+    callbacks=None,
+    compute_metrics=None,
+    **options,
+) -> SFTTrainer:
+    attention.register()
     return SFTTrainer(
         args=config(folder, **options),
         train_dataset=rows() if data is None else data,
         processing_class=byte_tokenizer(),
-        recipe=ModelRecipe(architecture=ARCHITECTURE, seed=1),
+        recipe=ModelRecipe(architecture=ARCHITECTURE, seed=1, attn_implementation=attn_implementation),
         callbacks=callbacks,
+        compute_metrics=compute_metrics,
     )
 
 
@@ -72,10 +82,38 @@ def test_batch_times_accumulation_equals_one_batch(tmp_path, batch, accumulation
 
 
 def test_padding_free_equals_padding(tmp_path):
-    padded, free = trajectory(trainer(tmp_path / "a")), trajectory(trainer(tmp_path / "b", padding_free=True))
-    assert free["loss"] == pytest.approx(padded["loss"], abs=1e-5)
-    assert free["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)
-    assert free["num_tokens"] == padded["num_tokens"]
+    """Also where nobody asks for it: with the attention that keeps rows apart it is the default."""
+    padded = trajectory(trainer(tmp_path / "a", padding_free=False))
+    default = trainer(tmp_path / "c", attn_implementation=attention.NAME)
+    assert default.args.padding_free and len(next(iter(default.get_train_dataloader()))["input_ids"]) == 1
+    for free in (trajectory(trainer(tmp_path / "b", padding_free=True)), trajectory(default)):
+        assert free["loss"] == pytest.approx(padded["loss"], abs=1e-5)
+        assert free["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)
+        assert free["num_tokens"] == padded["num_tokens"]
+
+
+@pytest.mark.parametrize(
+    "attn,options",
+    [
+        ("sdpa", {}),
+        (attention.NAME, {"neftune_noise_alpha": 5.0}),
+        (attention.NAME, {"compute_metrics": dict}),
+    ],
+    ids=["a dense mask", "NEFTune", "metrics of logits"],
+)
+def test_rows_are_padded_where_that_is_quicker_or_each_row_counts(tmp_path, attn, options):
+    run = trainer(tmp_path, attn_implementation=attn, **options)
+    assert run.args.padding_free is False and len(next(iter(run.get_train_dataloader()))["input_ids"]) == 8
+
+
+def test_predictions_have_a_row_for_each_row(tmp_path):
+    run = trainer(tmp_path, attn_implementation=attention.NAME, per_device_eval_batch_size=4)
+    ready = run.train_dataset.select(range(6))
+    found = run.predict(ready)
+    longest = max(map(len, ready["input_ids"]))
+    assert found.predictions.shape == (6, longest, 259) and found.label_ids.shape == (6, longest)
+    assert run.evaluate(ready)["eval_loss"] == pytest.approx(found.metrics["test_loss"], rel=1e-5)
+    assert run.data_collator.padding_free
 
 
 def test_packing_equals_no_packing(tmp_path):

@@ -7,20 +7,19 @@ The loss is Σ −log p(label) over every labelled token of the accumulated, cro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from hydratune import attention
 from hydratune.algos.arguments import BaseConfig
 from hydratune.algos.base import BaseTrainer
 from hydratune.data.collate import SFTCollator
 from hydratune.data.pipeline import prepare
-from hydratune.errors import UserError, Violation
 from hydratune.fused_head import FusedHead, Stats, cross_entropy, select
 from hydratune.models import ModelRecipe
+from hydratune.packing import settle_padding
 from hydratune.settings import option
 
 METRICS = ("entropy", "mean_token_accuracy")
@@ -43,7 +42,10 @@ class SFTConfig(BaseConfig):
     packing_strategy: Literal["bfd", "bfd_split", "wrapped"] = option(
         "bfd", "Best fit decreasing (over-long rows truncated, or split), or one stream cut into blocks."
     )
-    padding_free: bool = option(False, "Lay a batch's rows end to end instead of padding them.")
+    padding_free: bool | None = option(
+        None,
+        "Lay a batch's rows end to end instead of padding them; null: where the attention keeps rows apart.",
+    )
     eval_packing: bool | None = option(None, "Pack the evaluation rows; null: as packing says.")
     completion_only_loss: bool | None = option(
         None, "Train on completions only; null: yes when rows are prompt and completion."
@@ -67,6 +69,7 @@ class SFTTrainer(BaseTrainer):
     algo = "sft"
     config_class = SFTConfig
     columns = ("input_ids", "labels", "seq_lengths", "completion_mask", "assistant_masks")
+    data_collator: Any
 
     def __init__(
         self,
@@ -89,6 +92,8 @@ class SFTTrainer(BaseTrainer):
         recipe: ModelRecipe | None = None,
         **older_names: Any,
     ) -> None:
+        # what a user computes from logits may count on a row of them for each row
+        self._needs_rows = not (compute_loss_func is compute_metrics is preprocess_logits_for_metrics is None)
         super().__init__(
             model,
             args,
@@ -120,16 +125,21 @@ class SFTTrainer(BaseTrainer):
         return prepare(rows, tokenizer, args, packing=packing, where=where, **how)
 
     def make_ready(self, model: Any, args: Any, tokenizer: Any) -> None:
-        name = model.config._attn_implementation
-        if (args.packing or args.padding_free) and not attention.exact_when_packed(name):
-            raise UserError(
-                Violation(
-                    "attn_implementation",
-                    name,
-                    "lets packed documents see each other",
-                    "use model.attn_implementation=auto, or turn packing and padding_free off",
-                )
-            )
+        self._settled = args.padding_free is None
+        # NEFTune's noise is scaled by the length of a row
+        if self._settled and (self._needs_rows or args.neftune_noise_alpha):
+            args.padding_free = False
+        settle_padding(args, model)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """As in transformers; padded unless `padding_free` was asked for, so that predictions have a row for each row."""
+        collator = self.data_collator
+        if self._settled and isinstance(collator, SFTCollator):
+            self.data_collator = replace(collator, padding_free=False)
+        try:
+            return super().get_test_dataloader(test_dataset)
+        finally:
+            self.data_collator = collator
 
     def compute_loss(
         self,
