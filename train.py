@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ Exit codes: 0 done, 2 config or data is wrong, 3 training failed, 4 pruned by it
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: that of the process); returns the exit code."""
+    began = time.perf_counter()
     typed = sys.argv[1:] if argv is None else argv
     if "--help" in typed or "-h" in typed:
         print(help_text())
@@ -78,9 +80,9 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         if current is None:
-            _hydra(resumed(typed), typed)
+            _hydra(resumed(typed), typed, began)
         else:
-            current.judge(lambda: _hydra(resumed(typed), typed, checked=True))
+            current.judge(lambda: _hydra(resumed(typed), typed, began, checked=True))
         leave_group()  # not when it failed: other processes may still wait in a collective
         return 0
     except (UserError, TrainingFailed, Pruned, KeyboardInterrupt) as error:
@@ -129,7 +131,7 @@ def help_text() -> str:
 # ------------------------------------------------------------------ Hydra
 
 
-def _hydra(typed: list[str], shown: list[str], *, checked: bool = False) -> Any:
+def _hydra(typed: list[str], shown: list[str], began: float, *, checked: bool = False) -> Any:
     """Checks the command line, then lets Hydra compose and start the run, or the sweep; gives what the run returns."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -167,7 +169,7 @@ def _hydra(typed: list[str], shown: list[str], *, checked: bool = False) -> Any:
             )
             from hydratune.run import run
 
-            value = run(settings)
+            value = run(settings, began=began)
             if settings.check and not args.multirun:
                 _remove_unused(Path(settings.output_dir), absent)
             returned.append(value)

@@ -18,6 +18,7 @@ from hydratune.checkpoints import last_checkpoint
 from hydratune.data.builtin import answered
 from hydratune.errors import Interrupted, OutOfMemory, Pruned, UserError, Violation
 from hydratune.objective import named
+from hydratune.processes import quick_imports
 from hydratune.settings import RunSettings
 from hydratune.sweep.trial import current
 from hydratune.tracking import (
@@ -49,11 +50,12 @@ class Job:
     keys: dict[str, str]  # under which a warm process holds the tokenizer and the data
 
 
-def run(settings: RunSettings) -> float | list[float] | None:
+def run(settings: RunSettings, *, began: float | None = None) -> float | list[float] | None:
     """Check, train and report one run.
 
     Args:
         settings: the parsed configuration (`hydratune.config.parse`, or written by hand in a notebook).
+        began: when the command that asked for it did, in `time.perf_counter()`.
 
     Returns:
         The objective: the metric `settings.objective` names, else eval_loss, eval_reward or loss; a list when it names several.
@@ -67,8 +69,8 @@ def run(settings: RunSettings) -> float | list[float] | None:
     """
     findings = checks.check_settings(settings)
     findings.raise_if_any()
-    clock = PhaseClock()
-    with clock.phase("imports"):
+    clock = PhaseClock(began)
+    with clock.phase("imports"), quick_imports():
         quiet_libraries()
         from hydratune import plan as plans
     job = prepare(settings, clock, findings)
@@ -81,9 +83,11 @@ def run(settings: RunSettings) -> float | list[float] | None:
 
 def prepare(settings: RunSettings, clock: PhaseClock, findings: checks.Findings) -> Job:
     """Everything up to the weights: device, arguments, tokenizer, data, recipe and plan, checked together."""
-    with clock.phase("imports"):
+    with clock.phase("imports"), quick_imports():
         from hydratune import algos, attention, plan
         from hydratune.models import load_tokenizer
+
+        algos.classes(settings.algo)
 
         attention.register()
         quiet_libraries()

@@ -38,11 +38,23 @@ _SECONDS_TO_START = 120  # W&B's own service, which reaches nothing: on a cold d
 
 
 class PhaseClock:
-    """Seconds by phase: imports, data, model, training, evaluation, saving."""
+    """Seconds by phase: config, imports, data, model, training, evaluation, saving; and those to the first step.
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    Args:
+        began: when the command did (`time.perf_counter()`), if that was before now: what lies between is the phase config.
+    """
+
+    def __init__(self, began: float | None = None) -> None:
+        now = time.perf_counter()
+        self._began = now if began is None else began
+        self.seconds: dict[str, float] = {} if began is None else {"config": now - began}
+        self.to_first_step: float | None = None
         self.started = time.time()
+
+    def step_ended(self) -> None:
+        """Only the first counts; on a GPU, that its work was handed over."""
+        if self.to_first_step is None:
+            self.to_first_step = time.perf_counter() - self._began
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -231,6 +243,9 @@ class RunTracker:
                 if state.is_world_process_zero:
                     keep_until(tracker._out / "metrics.jsonl", state.global_step)
 
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                tracker._clock.step_ended()
+
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
                 if state.is_world_process_zero and logs:
                     tracker._record(dict(logs), state)
@@ -282,7 +297,7 @@ def collect_summary(
     Returns:
         run_name, status (completed, pruned, failed, interrupted), algo, model, data, peft (entries picked),
         objective {name, value}, objectives {name: value} when there are several, metrics {final, best}, steps,
-        tokens, seconds {phase: s}, tokens_per_second (over
+        tokens, seconds {phase: s}, seconds_to_first_step (from the start of the command), tokens_per_second (over
         training), peak_memory {bytes, kind: "cuda" or "host"}, seed, device, versions, git_commit, command, started.
     """
     events = read_metrics(out_dir)
@@ -309,6 +324,7 @@ def collect_summary(
         "steps": trainer.state.global_step if trainer is not None else 0,
         "tokens": tokens,
         "seconds": {k: round(v, 3) for k, v in clock.seconds.items()},
+        "seconds_to_first_step": None if clock.to_first_step is None else round(clock.to_first_step, 3),
         "tokens_per_second": round(tokens / training, 1) if training and tokens else None,
         "peak_memory": peak,
         "seed": settings.seed,

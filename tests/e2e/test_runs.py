@@ -32,7 +32,10 @@ def test_the_default_leaves_a_whole_run_directory(tmp_path):
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["algo"]) == ("completed", 6, "sft")
     assert summary["objective"]["name"] == "eval_loss" and summary["objective"]["value"] > 0
-    assert {"imports", "data", "model", "training", "saving"} <= summary["seconds"].keys()
+    seconds = summary["seconds"]
+    assert {"config", "imports", "data", "model", "training", "saving"} <= seconds.keys()
+    before = sum(seconds[phase] for phase in ("config", "imports", "data", "model"))
+    assert before < summary["seconds_to_first_step"] < before + seconds["training"] + 5
     assert sorted(losses(out)) == [1, 2, 3, 4, 5, 6]
     assert losses(out, "eval_loss")
     assert len((out / "samples.jsonl").read_text().splitlines()) == 2

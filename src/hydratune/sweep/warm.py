@@ -13,6 +13,7 @@ from typing import Any
 from hydratune import algos
 from hydratune.config import SECTIONS, SHORTCUTS
 from hydratune.errors import UserError, Violation
+from hydratune.processes import quick_imports
 from hydratune.sweep.job import Command, load_script
 
 _IMPORTS = (
@@ -33,8 +34,9 @@ def import_all() -> None:
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0  # its thread would not be there in a child
-    for name in [*_IMPORTS, *(f"hydratune.algos.{algo}" for algo in algos.names())]:
-        import_module(name)
+    with quick_imports():
+        for name in [*_IMPORTS, *(f"hydratune.algos.{algo}" for algo in algos.names())]:
+            import_module(name)
 
 
 def _for_its_data(refusal: UserError | None) -> bool:
