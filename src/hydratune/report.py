@@ -20,6 +20,8 @@ from hydratune.amounts import amount, duration
 from hydratune.objective import REWARD_ACCURACY, REWARDS, last_values
 from hydratune.tracking import read_metrics
 
+_TILES = 8  # numbers of the headline side by side; more stand in rows of nearly the same length
+_FLAT = 3e-3  # share of their size below which the differences of values are not blown up to a chart
 _GENERATIONS = 12  # completions of the training that are shown, the last ones
 # title, unit of the axis, the series drawn together
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -65,13 +67,15 @@ def write_report(out_dir: Path) -> None:
     events = read_metrics(out_dir)
     summary = _json(out_dir / "summary.json")
     charts = [(title, series) for title, names in CHARTS if (series := _series(events, names))]
+    headline = _headline(summary)
     page = Environment(
         loader=PackageLoader("hydratune"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     html = page.get_template("report.html.j2").render(
         summary=summary,
         name=summary.get("run_name") or out_dir.name,
-        headline=_headline(summary),
+        headline=headline,
+        across=-(-len(headline) // max(1, -(-len(headline) // _TILES))),
         charts=[(title, Markup(_svg(title, series, i))) for i, (title, series) in enumerate(charts)],
         samples=_samples(out_dir / "samples.jsonl"),
         generations=_samples(out_dir / "generations.jsonl")[-_GENERATIONS:],
@@ -79,7 +83,7 @@ def write_report(out_dir: Path) -> None:
         seconds=[(phase, duration(s)) for phase, s in (summary.get("seconds") or {}).items()],
     )
     (out_dir / "report.html").write_text(html, encoding="utf-8")
-    _picture(charts, out_dir / "curves.png", summary.get("run_name") or out_dir.name, _headline(summary))
+    _picture(charts, out_dir / "curves.png", summary.get("run_name") or out_dir.name, headline)
 
 
 def _series(
@@ -117,10 +121,14 @@ def _draw(
     axes.spines["bottom"].set_color(line)
     axes.tick_params(colors=ink, labelsize=size, length=0)
     axes.locator_params(axis="y", nbins=5)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 5))  # a small learning rate would not fit beside the axis
+    # a small learning rate would not fit beside the axis; no label is one to be added to
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5), useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))  # steps are whole
     axes.yaxis.get_offset_text().set(color=ink, fontsize=size)
     axes.margins(x=0.02)
+    low, high = axes.get_ylim()
+    if (lack := _FLAT * max(abs(low), abs(high)) - (high - low)) > 0:
+        axes.set_ylim(low - lack / 2, high + lack / 2)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=size, labelcolor=ink)
 

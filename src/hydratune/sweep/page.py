@@ -106,6 +106,7 @@ def page(directory: Path, facts: dict[str, Any]) -> str:
         figures=[(i, title, Markup(text)) for i, (title, text) in enumerate(figures)],
         script=Markup(plotly.offline.get_plotlyjs()),
         has_page={t["number"] for t in trials if (directory / str(t["number"]) / "report.html").is_file()},
+        colours=_COLOURS,
         now=time.strftime("%Y-%m-%d %H:%M"),
     )
 
@@ -123,11 +124,23 @@ def _json(figure: Any) -> str:
         if bar and trace.customdata is not None and trace.mode == "lines":  # of the parallel coordinates
             place = 1 - trace.y[0] if bar[0].marker.reversescale else trace.y[0]
             trace.line.color, trace.line.width, trace.opacity = sample_colorscale(_SCALE, place)[0], 2, 0.8
-        elif trace.type == "bar" and trace.name in _STATES:
-            trace.marker.color = _STATES[trace.name]
+        elif trace.type == "bar":
+            trace.marker.color = _STATES.get(trace.name, _COLOURS[0])
+            if trace.name not in _STATES:  # of the importance, where the labels say what they are
+                figure.layout.yaxis.title = None
         elif getattr(getattr(trace, "marker", None), "colorscale", None):
             trace.marker.colorscale, trace.marker.line.width = _SCALE, 0
+        if trace.x is not None and all(isinstance(x, str) for x in trace.x):
+            trace.x = [_bare(x) for x in trace.x]
+    for axis in figure.select_xaxes():
+        if axis.categoryarray is not None:
+            axis.categoryarray = [_bare(x) for x in axis.categoryarray]
     return figure.to_json().replace("</", "<\\/")  # no text of a user's may end the script
+
+
+def _bare(text: str) -> str:
+    """An entry of a category without the quotes that Optuna's slices put around it."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _states(trials: list[dict[str, Any]]) -> dict[str, int]:
@@ -265,7 +278,8 @@ def _curves(directory: Path, facts: dict[str, Any]) -> list[tuple[str, Any]]:
     import plotly.graph_objects as go
 
     metric = facts["objectives"][0].partition(":")[0]
-    wanted = {"loss": "Training loss", "eval_loss": "Evaluation loss", metric: metric}
+    wanted = {"loss": "Training loss", "eval_loss": "Evaluation loss"}
+    wanted.setdefault(metric, metric)
     events = {t["number"]: read_metrics(directory / str(t["number"])) for t in facts["trials"]}
     found = []
     for key, title in wanted.items():
