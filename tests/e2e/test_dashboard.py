@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -281,6 +282,28 @@ def test_a_trial_opens_in_optunas_dashboard_and_leads_back(opened):
     until(page, lambda: page.evaluate(history) >= 1, "the history of the study")
     page.locator("a#runs").click()
     page.wait_for_selector(".ag-row")
+
+
+def test_a_study_whose_server_hangs_is_listed_and_holds_nothing_up(opened, home):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        url = f"postgresql+psycopg://me:secret@127.0.0.1:{silent.getsockname()[1]}/studies"
+        folder = home / "sweeps" / "hangs"
+        (folder / "0").mkdir(parents=True)
+        (folder / ".study").write_text("hangs")
+        (folder / "0" / "trial.json").write_text(json.dumps({"study": "hangs", "storage": url}))
+        try:
+            page = opened()
+            names(page)
+            page.locator("#studies article", has_text="hangs").get_by_text("does not answer").wait_for(
+                timeout=8000
+            )
+            assert "2 complete" in page.locator("#studies article", has_text="tiny-lr").inner_text()
+            page.fill("#filter", "name~done")
+            until(page, lambda: names(page) == {"done/slow", "done/fast"}, "the filtered runs", 4)
+            page.get_by_text("Studies in Optuna's dashboard").click()
+            page.get_by_text("tiny-lr").first.wait_for(timeout=8000)
+        finally:
+            shutil.rmtree(folder)
 
 
 def test_the_sweeps_report_has_data_in_every_plot(opened):

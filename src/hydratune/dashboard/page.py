@@ -67,8 +67,9 @@ def _table_callbacks(app: Dash, runs: Library, studies: Studies) -> None:
             rows, columns = _table(now, text or "")
         except ValueError as error:
             (rows, columns), message = _table(now, ""), str(error)
-        cards, closed = [], {str(folder): why for folder, why in studies.unreadable.items()}
-        for place in studies.places()[::-1]:
+        places = studies.places()[::-1]
+        cards, closed = [], {str(folder): why for folder, why in studies.unreadable.copy().items()}
+        for place in places:
             try:
                 cards.append(_study(studies, place))
             except Exception as error:  # its database has gone: of a driver, many kinds

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -115,13 +116,15 @@ def open_storage(storage: str, *, create: bool = True) -> BaseStorage:
     raise AssertionError("unreachable")
 
 
-def _why_not(error: Exception) -> tuple[str, str]:
+def _why_not(error: BaseException) -> tuple[str, str]:
     if isinstance(error, ImportError):
         return (
             "its driver is not installed",
             "pip install 'hydratune[postgres]', or the driver that the URL names",
         )
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    error = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+    error = getattr(error, "orig", None) or error  # what the driver said, not Optuna's guess at it
+    first = hide_password(str(error).strip() or type(error).__name__).splitlines()[0]
     return (
         f"the database does not open ({first})",
         "check that it runs and that the URL's user, password and name are right",
