@@ -19,6 +19,7 @@ from markupsafe import Markup
 from hydratune.amounts import amount, duration
 from hydratune.objective import REWARD_ACCURACY, REWARDS, last_values
 from hydratune.tracking import read_metrics
+from hydratune.whole import write_whole
 
 _TILES = 8  # numbers of the headline side by side; more stand in rows of nearly the same length
 _FLAT = 3e-3  # share of their size below which the differences of values are not blown up to a chart
@@ -63,7 +64,18 @@ _TRAIN, _EVAL, _INK, _LINE = _COLOURS
 
 
 def write_report(out_dir: Path) -> None:
-    """Write report.html and curves.png from a run's other files."""
+    """Write report.html and curves.png from a run's other files.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    page, picture = render(out_dir)
+    write_whole(out_dir / "report.html", page)
+    write_whole(out_dir / "curves.png", picture)
+
+
+def render(out_dir: Path) -> tuple[str, bytes]:
+    """What report.html and curves.png of a run hold."""
     events = read_metrics(out_dir)
     summary = _json(out_dir / "summary.json")
     charts = [(title, series) for title, names in CHARTS if (series := _series(events, names))]
@@ -82,8 +94,7 @@ def write_report(out_dir: Path) -> None:
         config=list(_flat(_yaml(out_dir / "config.yaml"))),
         seconds=[(phase, duration(s)) for phase, s in (summary.get("seconds") or {}).items()],
     )
-    (out_dir / "report.html").write_text(html, encoding="utf-8")
-    _picture(charts, out_dir / "curves.png", summary.get("run_name") or out_dir.name, headline)
+    return html, _picture(charts, summary.get("run_name") or out_dir.name, headline)
 
 
 def _series(
@@ -169,7 +180,7 @@ def _svg(title: str, series: dict[str, tuple[list[float], list[float]]], number:
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
-def _picture(charts: list[tuple[str, Any]], path: Path, name: str, facts: list[tuple[str, str]]) -> None:
+def _picture(charts: list[tuple[str, Any]], name: str, facts: list[tuple[str, str]]) -> bytes:
     """The first six charts under the run's name and numbers, for pasting where no page can be."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -195,7 +206,9 @@ def _picture(charts: list[tuple[str, Any]], path: Path, name: str, facts: list[t
         axes = figure.add_subplot(rows, 2, i + 1)
         _draw(axes, series, ("#2f6fde", "#d9572b", "#555555", "#dddddd"), 8)
         axes.set_title(title, fontsize=10, loc="left")
-    FigureCanvasAgg(figure).print_png(str(path))
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
 
 
 def _headline(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ from hydratune.objective import Objective, default, last_values, named
 from hydratune.rowfile import append_rows
 from hydratune.secrets import redact, redact_override
 from hydratune.settings import RunSettings
+from hydratune.whole import write_whole
 
 log = logging.getLogger("hydratune")
 
@@ -329,9 +330,7 @@ def collect_summary(
 
 def write_summary(out_dir: Path, summary: dict[str, Any]) -> None:
     """summary.json, replaced whole or not at all."""
-    part = out_dir / "summary.json.part"
-    part.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(out_dir / "summary.json")
+    write_whole(out_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 def _device_and_peak() -> tuple[str, dict[str, Any]]:

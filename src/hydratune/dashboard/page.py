@@ -166,7 +166,7 @@ def _selection_callbacks(app: Dash, runs: Library, studies: Studies) -> None:
         now = {
             "runs": slots,
             "of": len(there),
-            "stamp": library.stamp(found, "metrics.jsonl", "report.html"),
+            "stamp": library.stamp(found, "metrics.jsonl"),
         }
         told = {"runs": slots, "stamp": library.stamp(found, "samples.jsonl", "generations.jsonl")}
         return no_update if now == curves else now, no_update if told == said else told, not found, not found

@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader
 from optuna_dashboard import wsgi as optuna_dashboard
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from hydratune.dashboard.drawn import drawn
 from hydratune.dashboard.library import Library
 from hydratune.dashboard.page import build
 from hydratune.dashboard.studies import Curves, Studies
@@ -100,8 +101,13 @@ def _serve_files(server: Flask, home: Path) -> None:
     @server.get("/runs/<path:name>")
     def files(name: str = "") -> Any:
         path = (root / name).resolve()
-        if not path.is_relative_to(root) or not path.exists():
+        if not path.is_relative_to(root):
             abort(404)
+        if not path.exists():
+            content = drawn(path)
+            if content is None:
+                abort(404)
+            return _file(Response(content, mimetype=mimetypes.guess_type(path.name)[0]))
         if path.is_dir():
             if name and not name.endswith("/"):
                 return redirect(f"/runs/{name}/")
@@ -125,8 +131,12 @@ def _serve_files(server: Flask, home: Path) -> None:
             answer = Response(redact_file(text, path.suffix), mimetype=kind)
         else:
             answer = send_file(path, mimetype=kind or "application/octet-stream")
-        answer.headers["Content-Security-Policy"] = _FILE
-        return answer
+        return _file(answer)
+
+
+def _file(answer: Response) -> Response:
+    answer.headers["Content-Security-Policy"] = _FILE
+    return answer
 
 
 def _size(size: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 import json
 import re
 import threading
@@ -25,9 +26,9 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from hydratune.dashboard import places as on_disk
+from hydratune.dashboard.drawn import drawn
 from hydratune.dashboard.places import Place
 from hydratune.dashboard.questions import PATIENCE, NoAnswer, Question
-from hydratune.report import write_report
 from hydratune.runs import find_studies
 from hydratune.sweep.storage import open_storage
 
@@ -287,11 +288,14 @@ class Curves:
         study, _, number = artifact_id.partition("-")
         try:
             run = self._studies.folder(int(study, 16)) / str(int(number, 16))
-            if not (run / "curves.png").is_file():
-                write_report(run)
-            return (run / "curves.png").open("rb")
+            if (run / "curves.png").is_file():
+                return (run / "curves.png").open("rb")
+            content = drawn(run / "curves.png")
         except (KeyError, ValueError, OSError) as error:
             raise ArtifactNotFound(artifact_id) from error
+        if content is None:
+            raise ArtifactNotFound(artifact_id)
+        return io.BytesIO(content)
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         raise ReadOnly("write")

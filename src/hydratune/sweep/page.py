@@ -22,8 +22,8 @@ from markupsafe import Markup
 
 from hydratune.amounts import duration
 from hydratune.report import write_report
-from hydratune.sweep.export import whole
 from hydratune.tracking import read_metrics
+from hydratune.whole import write_whole
 
 _EVERY = 15.0  # seconds between drawings while the sweep runs
 _POINTS = 400  # of one curve
@@ -77,7 +77,7 @@ def draw_trials(directory: Path) -> None:
 def draw(directory: Path) -> None:
     """Write the study's page."""
     facts = json.loads((directory / "study.json").read_text(encoding="utf-8"))
-    whole(directory / "report.html", page(directory, facts))
+    write_whole(directory / "report.html", page(directory, facts))
 
 
 def page(directory: Path, facts: dict[str, Any]) -> str:

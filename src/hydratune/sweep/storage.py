@@ -45,10 +45,11 @@ class _KernelLock:
 
 
 class _Journal(JournalFileBackend):
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, create: bool):
         self._kernel_lock = _KernelLock(path)
         super().__init__(path)
-        self.append_logs([])
+        if create:
+            self.append_logs([])
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
@@ -82,6 +83,9 @@ def is_url(storage: str) -> bool:
 def open_storage(storage: str, *, create: bool = True) -> BaseStorage:
     """A journal file or a database.
 
+    Args:
+        create: make it when it is not there, and see that it can be written; else it may be read-only.
+
     Raises:
         UserError: it cannot be opened, or its driver is not installed.
     """
@@ -93,8 +97,9 @@ def open_storage(storage: str, *, create: bool = True) -> BaseStorage:
     if not is_url(storage):
         path = Path(storage).expanduser()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return JournalStorage(_Journal(str(path)))
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            return JournalStorage(_Journal(str(path), create=create))
         except OSError as error:
             why = f"the journal cannot be written ({error.strerror})"
             raise UserError(
