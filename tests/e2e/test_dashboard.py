@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -322,6 +323,78 @@ def test_the_sweeps_report_has_data_in_every_plot(opened):
     assert drawn > 3
     page.locator("#trials a").first.click()
     page.get_by_text("Curves").first.wait_for()
+
+
+HOSTILE = "<img src=x onerror=\"window.top.hit='text'\"></pre></script><script>window.top.hit='text'</script><!--<script>"
+
+
+def test_what_runs_have_written_is_text_on_every_page(browser, address, home):
+    """Names, settings, completions and reasons that are HTML; and reports that somebody has put a script into."""
+    named = "<img src=x onerror=window.top.hit=1>"
+    run = fabricate(home / "hostile" / named, lr=1e-3, answer=HOSTILE)
+    told = {"step": 1, "prompt": HOSTILE, "completion": HOSTILE, "reward": 1.0, "policy": HOSTILE}
+    (run / "generations.jsonl").write_text(json.dumps(told) + "\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"note": HOSTILE}))
+    facts = json.loads((run / "summary.json").read_text())
+    facts |= {
+        "run_name": HOSTILE,
+        "command": HOSTILE,
+        "device": HOSTILE,
+        "model": HOSTILE,
+        "status": "completed",
+    }
+    (run / "summary.json").write_text(json.dumps(facts))
+    study = home / "hostile" / "study"
+    study.mkdir()
+    facts = json.loads((home / "sweeps" / "tiny-lr" / "study.json").read_text())
+    for trial in facts["trials"]:
+        trial["settings"] = trial["params"] = {
+            "lr": trial["settings"]["lr"],
+            "note": f"{HOSTILE}{trial['number']}",
+        }
+        trial["reason"] = HOSTILE
+    facts |= {"name": HOSTILE, "space": {"note": HOSTILE}, "commands": {"0": HOSTILE, "1": HOSTILE}}
+    (study / "study.json").write_text(json.dumps(facts))
+    context = browser.new_context(viewport={"width": 1300, "height": 1000})
+    try:
+        page, link = context.new_page(), f"/runs/hostile/{quote(named)}"
+        hit = "window.hit || [...document.querySelectorAll('[onerror]')].length"
+        page.goto(f"{address}/?run=hostile/{quote(named)}&run=done/slow")
+        page.locator("#completions").get_by_text("onerror").first.wait_for()
+        page.locator("#settings").get_by_text("onerror").first.wait_for()
+        assert not page.evaluate(hit)
+        page.locator("#source").get_by_text("generations").click()
+        page.locator("#completions").get_by_text("reward 1").wait_for()
+        assert not page.evaluate(hit)
+        for path in (
+            f"{link}/report.html",
+            f"{link}/",
+            "/runs/hostile/",
+            "/runs/hostile/study/report.html",
+            f"{link}/samples.jsonl",
+        ):
+            page.goto(address + path)
+            assert "onerror" in page.inner_text("body") and not page.evaluate(hit), path
+        page.goto(f"{address}/runs/hostile/study/report.html")
+        page.wait_for_function(
+            "document.querySelectorAll('.js-plotly-plot').length == document.querySelectorAll('.plot').length"
+        )
+        assert page.locator(".plot").count() > 3 and not page.evaluate(hit)
+
+        # a page that does hold a script: of a run it does not run, of a study it reaches nothing
+        script = "<p id=p>shown</p><script>window.hit = [self.origin]; try { localStorage; hit.push('storage') } catch {}</script>"
+        for folder, ran in ((run, False), (study, True)):
+            (folder / "report.html").write_text(script)
+            page.goto(f"{address}/runs/{quote(str(folder.relative_to(home)))}/report.html")
+            page.get_by_text("shown").wait_for()
+            assert page.evaluate("window.hit || null") == (["null"] if ran else None)
+            for where in (f"{address}/api/studies", "http://127.0.0.1:9/"):
+                asked = f"fetch('{where}').then(a => a.status, () => 'refused')"
+                assert page.evaluate(asked) == "refused"
+    finally:
+        context.close()
+        shutil.rmtree(home / "hostile")
 
 
 def test_it_is_readable_dark_and_on_a_phone(opened):

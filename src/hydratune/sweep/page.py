@@ -135,7 +135,9 @@ def _json(figure: Any) -> str:
     for axis in figure.select_xaxes():
         if axis.categoryarray is not None:
             axis.categoryarray = [_bare(x) for x in axis.categoryarray]
-    return figure.to_json().replace("</", "<\\/")  # no text of a user's may end the script
+    return figure.to_json().replace(
+        "<", "\\u003c"
+    )  # no text of a user's may end the script, or begin a comment in it
 
 
 def _bare(text: str) -> str:
