@@ -207,7 +207,10 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def find_runs(home: Path = HOME) -> list[Run]:
-    """Every run and trial below a folder, the one that wrote last first; the folder itself when it is one."""
+    """Every run and trial below a folder, the one that wrote last first; the folder itself when it is one.
+
+    Links are not followed: a run is listed once, where it lies, and nothing that lies elsewhere.
+    """
     found = [
         Run(folder, str(folder.relative_to(home)) if folder != home else home.name)
         for folder, is_run in _walk(home)

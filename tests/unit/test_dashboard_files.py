@@ -17,8 +17,10 @@ from test_dashboard_studies import make
 from werkzeug.test import Client
 
 from hydratune import report
+from hydratune.dashboard.library import Library
 from hydratune.dashboard.server import application
 from hydratune.dashboard.studies import Curves, Studies
+from hydratune.runs import find_runs, find_studies
 from hydratune.sweep.page import page
 from hydratune.whole import write_whole
 
@@ -100,6 +102,52 @@ def test_a_report_that_is_missing_is_drawn_and_kept_once_its_run_has_ended(tmp_p
     assert not (tmp_path / "live" / "report.html").exists()  # it would not be what the run is by then
     for missing in ("none/report.html", "report.html", "done/other.html", "done/.hydra/report.html"):
         assert get(tmp_path, f"/runs/{missing}").status_code == 404
+
+
+def test_links_lead_neither_out_nor_in_a_circle(tmp_path):
+    home = tmp_path / "outputs"
+    run(home / "a", losses=[2.0])
+    run(tmp_path / "elsewhere" / "b", losses=[2.0])
+    (tmp_path / "secret").write_text("a text of another folder")
+    (home / "s").mkdir()
+    (home / "s" / ".study").write_text("x")
+    links = {
+        "a again": home / "a", "s again": home / "s", "a/up": home, "parent": tmp_path, "out": tmp_path / "elsewhere", "b": tmp_path / "elsewhere" / "b",
+        "a/secret": tmp_path / "secret", "itself": home / "itself", "to": home / "fro", "fro": home / "to", "a/gone": home / "none",
+        "inside.yaml": home / "a" / "config.yaml",
+    }  # fmt: skip
+    for name, target in links.items():
+        (home / name).symlink_to(target)
+    assert [found.name for found in find_runs(home)] == ["a"]
+    assert find_studies(home) == [home / "s"]
+    assert [found.name for found in Library(home).runs()] == ["a"]
+    for path in (
+        "parent/",
+        "parent/secret",
+        "out/",
+        "out/b/config.yaml",
+        "b/report.html",
+        "a/secret",
+        "itself",
+        "to/",
+        "a/gone",
+        "%00",
+        "a/x%00",
+    ):
+        answer = get(home, f"/runs/{path}")
+        assert answer.status_code == 404 and "another folder" not in answer.text, path
+    assert get(home, "/runs/a/up/a/up/a/config.yaml").status_code == 200  # in a circle, and inside
+    assert get(home, "/runs/inside.yaml").status_code == 200
+    shown = get(home, "/runs/").text + get(home, "/runs/a/").text
+    assert [name for name in links if f">{Path(name).name}" in shown] == [
+        "a again",
+        "s again",
+        "a/up",
+        "inside.yaml",
+    ]
+    (tmp_path / "link").symlink_to(home)  # the folder that is shown may be one
+    assert [found.name for found in find_runs(tmp_path / "link")] == ["a"]
+    assert get(tmp_path / "link", "/runs/a/config.yaml").status_code == 200
 
 
 def test_a_report_is_there_whole_or_as_it_was(tmp_path, monkeypatch):

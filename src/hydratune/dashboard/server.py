@@ -103,8 +103,8 @@ def _serve_files(server: Flask, home: Path) -> None:
     @server.get("/runs/")
     @server.get("/runs/<path:name>")
     def files(name: str = "") -> Any:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root):
+        path = _inside(root, root / name)
+        if path is None:
             abort(404)
         if not path.exists():
             content = drawn(path)
@@ -114,13 +114,12 @@ def _serve_files(server: Flask, home: Path) -> None:
         if path.is_dir():
             if name and not name.endswith("/"):
                 return redirect(f"/runs/{name}/")
-            entries = sorted(path.iterdir(), key=lambda p: (p.is_file(), p.name))
+            entries = [entry for entry in path.iterdir() if entry.exists() and _inside(root, entry)]
+            entries.sort(key=lambda p: (p.is_file(), p.name))
             is_run = any(entry.name in ("config.yaml", "summary.json") for entry in entries)
-            below = "" if path == root else quote(f"{'' if is_run else 'name~'}{name.strip('/')}")
+            below = "" if path == root else quote(f"{'' if is_run else 'name~'}{path.relative_to(root)}")
             rows = [
-                (p.name + "/" * p.is_dir(), "" if p.is_dir() else _size(p.stat().st_size))
-                for p in entries
-                if p.exists()
+                (p.name + "/" * p.is_dir(), "" if p.is_dir() else _size(p.stat().st_size)) for p in entries
             ]
             return page.render(
                 name=name.strip("/"),
@@ -135,6 +134,15 @@ def _serve_files(server: Flask, home: Path) -> None:
         else:
             answer = send_file(path, mimetype=kind or "application/octet-stream")
         return _file(answer, path)
+
+
+def _inside(root: Path, path: Path) -> Path | None:
+    """Where a path leads, links followed; None where that is outside of the folder, or nowhere."""
+    try:
+        found = path.resolve()
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or no name of a file at all
+        return None
+    return found if found.is_relative_to(root) else None
 
 
 def _file(answer: Response, path: Path) -> Response:
