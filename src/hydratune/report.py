@@ -23,6 +23,7 @@ from hydratune.whole import write_whole
 
 _TILES = 8  # numbers of the headline side by side; more stand in rows of nearly the same length
 _FLAT = 3e-3  # share of their size below which the differences of values are not blown up to a chart
+_PICTURED = 8  # charts of curves.png
 _GENERATIONS = 12  # completions of the training that are shown, the last ones
 # title, unit of the axis, the series drawn together
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -181,10 +182,10 @@ def _svg(title: str, series: dict[str, tuple[list[float], list[float]]], number:
 
 
 def _picture(charts: list[tuple[str, Any]], name: str, facts: list[tuple[str, str]]) -> bytes:
-    """The first six charts under the run's name and numbers, for pasting where no page can be."""
+    """The first charts, and the last, which is memory, under the run's name and numbers, for pasting where no page can be."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    shown = charts[:6]
+    shown = charts if len(charts) <= _PICTURED else [*charts[: _PICTURED - 1], charts[-1]]
     rows = max(1, (len(shown) + 1) // 2)
     height = 2.6 * rows + 0.6
     inch = 1 / height

@@ -335,15 +335,15 @@ def write_summary(out_dir: Path, summary: dict[str, Any]) -> None:
 
 def _device_and_peak() -> tuple[str, dict[str, Any]]:
     import platform
-    import resource
 
     import torch
 
+    from hydratune.meter import host_peak
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(), {"bytes": torch.cuda.max_memory_allocated(), "kind": "cuda"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)", {"bytes": peak, "kind": "host"}
+    device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return device, {"bytes": host_peak(), "kind": "host"}
 
 
 def _version(package: str) -> str | None:

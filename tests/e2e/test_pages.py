@@ -133,7 +133,7 @@ def test_every_chart_of_a_runs_report_has_its_points(opened, home, run, width, s
         if any(logged.get(name) for name in names)
     }
     assert {title: [line["points"] for line in lines] for title, lines in drawn.items()} == expected
-    assert {"Learning rate", "Gradient norm", "Tokens per second"} < set(expected)
+    assert {"Learning rate", "Gradient norm", "Tokens per second", "Peak memory (GiB)"} < set(expected)
     for lines in drawn.values():
         assert all(line["wide"] > 50 for line in lines if line["points"] > 1)
     assert page.locator("article").count() > 0 and page.locator("table td").count() > 10

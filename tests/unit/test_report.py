@@ -7,6 +7,7 @@ import re
 
 import yaml
 
+from hydratune import report
 from hydratune.card import write_card
 from hydratune.report import write_report
 
@@ -82,6 +83,15 @@ def test_one_step_is_drawn(tmp_path):
     fill(tmp_path, events=1)
     write_report(tmp_path)
     assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_memory_is_in_the_picture_of_a_run_with_many_charts(tmp_path, monkeypatch):
+    event = {name: 1.0 for _, names in report.CHARTS for name in names}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, **event}) + "\n")
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, title, **_: titles.append(title))
+    report.render(tmp_path)
+    assert len(titles) == 8 and titles[0] == "Mean reward" and titles[-1] == "Peak memory (GiB)"
 
 
 def test_values_that_hardly_differ_are_drawn_on_an_axis_of_plain_numbers(tmp_path):

@@ -33,6 +33,7 @@ _UNTOLD = (
     "flos",
     "grad_norm",
     "entropy",
+    "memory_gib",
 )  # not what a run is compared by unless it is asked for
 
 
