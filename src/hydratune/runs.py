@@ -138,7 +138,7 @@ class Run:
     @property
     def trial_of(self) -> Path | None:
         """The folder of the study that the run is a trial of."""
-        return self.path.parent if any((self.path.parent / mark).is_file() for mark in _STUDY) else None
+        return self.path.parent if is_study(self.path.parent) else None
 
     @cached_property
     def choices(self) -> dict[str, str]:
@@ -222,6 +222,11 @@ def find_runs(home: Path = HOME) -> list[Run]:
 def find_studies(home: Path = HOME) -> list[Path]:
     """The folder of every study below a folder, or that folder itself, begun or done."""
     return [folder for folder, is_run in _walk(home) if not is_run]
+
+
+def is_study(folder: Path) -> bool:
+    """Whether a folder is a study's, begun or done."""
+    return any((folder / mark).is_file() for mark in _STUDY)
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:

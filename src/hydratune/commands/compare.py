@@ -18,7 +18,7 @@ from hydratune.commands.common import Home, clear
 from hydratune.commands.runs import shown
 from hydratune.errors import UserError, Violation, nearest
 from hydratune.objective import direction
-from hydratune.runs import HOME, Run, curve, differences, find_run, find_runs, metric_names
+from hydratune.runs import HOME, Run, curve, differences, find_run, find_runs, is_study, metric_names
 
 _ONLINE = {"ppo", "grpo"}
 _OF_A_LOSS = {"algo.beta", "algo.loss_type", "model.tokenizer", "model.chat_template_path"}
@@ -82,17 +82,12 @@ def _found(names: Sequence[str], home: Path) -> list[Run]:
     """The runs of names, each once; a study stands for its trials that wrote anything."""
     found: list[Run] = []
     for name in names:
-        folder = next(
-            (
-                f
-                for f in (Path(name).expanduser(), home / name, home / "sweeps" / name)
-                if (f / "study.json").is_file()
-            ),
-            None,
-        )
-        trials = sorted(find_runs(folder), key=_number) if folder is not None else [find_run(name, home)]
-        if not trials:
-            raise UserError(Violation("RUN", name, "no trial of this study has begun", "let it go on"))
+        places = (Path(name).expanduser(), home / name, home / "sweeps" / name)
+        study = next(filter(is_study, places), None)
+        trials = sorted(find_runs(study), key=_number) if study is not None else [find_run(name, home)]
+        if study is not None and len(trials) < (2 if len(names) == 1 else 1):
+            why = "only one trial of this study has begun" if trials else "no trial of this study has begun"
+            raise UserError(Violation("RUN", name, why, "let it go on, or name another run too"))
         found += trials
     return [*{run.path.resolve(): run for run in found}.values()]
 
