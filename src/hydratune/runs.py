@@ -96,6 +96,8 @@ class Run:
         """Whether the summary is the last word: no event is of a later step, as those of a resumed run are."""
         if not self.summary:
             return False
+        if self.summary.get("logged_bytes") == _size(self.path / "metrics.jsonl"):
+            return True  # nothing was logged since, for which no metrics need to be read
         if not self._newest or self._newest[-1]["step"] <= (self.summary.get("steps") or 0):
             return True
         # a run that failed before it knew its steps
@@ -180,6 +182,13 @@ def _modified(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _yaml(path: Path) -> Any:
@@ -342,7 +351,12 @@ def metric_names(runs: Iterable[Run]) -> list[str]:
 
 def curve(run: Run, metric: str, along: str = "step") -> tuple[list[float], list[float]]:
     """The points of a metric along `step`, `epoch` or `time` (seconds since the start)."""
-    points = [
-        (e[along], e[metric]) for e in run.events if isinstance(e.get(metric), int | float) and along in e
-    ]
-    return [x for x, _ in points], [y for _, y in points]
+    return points(run.events, metric, along)
+
+
+def points(
+    events: Iterable[dict[str, Any]], metric: str, along: str = "step"
+) -> tuple[list[float], list[float]]:
+    """The points of a metric in events."""
+    found = [(e[along], e[metric]) for e in events if isinstance(e.get(metric), int | float) and along in e]
+    return [x for x, _ in found], [y for _, y in found]

@@ -284,8 +284,11 @@ def collect_summary(
         run_name, status (completed, pruned, failed, interrupted), algo, model, data, peft (entries picked),
         objective {name, value}, objectives {name: value} when there are several, metrics {final, best}, steps,
         tokens, seconds {phase: s}, tokens_per_second (over
-        training), peak_memory {bytes, kind: "cuda" or "host"}, seed, device, versions, git_commit, command, started.
+        training), peak_memory {bytes, kind: "cuda" or "host"}, seed, device, versions, git_commit, command, started,
+        logged_bytes (of metrics.jsonl, which tell whether a resumed run has logged since).
     """
+    logged = out_dir / "metrics.jsonl"
+    size = logged.stat().st_size if logged.is_file() else 0
     events = read_metrics(out_dir)
     final = last_values(events)
     best: dict[str, float] = {}
@@ -318,6 +321,7 @@ def collect_summary(
         "git_commit": _git_commit(),
         "command": settings.command,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(clock.started)),
+        "logged_bytes": size,
     }
     found = {str(o): o.value(events, summary) for o in objectives}
     values = {name: None if v is None or not math.isfinite(v) else v for name, v in found.items()}

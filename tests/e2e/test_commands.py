@@ -155,6 +155,13 @@ def test_compare_takes_a_study_for_its_trials(study, home):
     assert out.splitlines()[0].split() == ["0", "1", "2", "whole"]
 
 
+def test_the_summary_of_a_run_is_written_after_its_last_metric(study, home):
+    """So that commands and pages need not read the metrics of what has ended."""
+    for folder in (study / "0", home / "whole", home / "judge"):
+        logged = json.loads((folder / "summary.json").read_text())["logged_bytes"]
+        assert logged == (folder / "metrics.jsonl").stat().st_size > 0
+
+
 def test_compare_takes_the_trials_of_a_study_that_has_only_begun(study, tmp_path, home):
     """study.json is there after a first result; the trials are seen from their first moment."""
     begun = tmp_path / "sweeps" / "begun"

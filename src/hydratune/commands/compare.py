@@ -18,7 +18,7 @@ from hydratune.commands.common import Home, clear
 from hydratune.commands.runs import shown
 from hydratune.errors import UserError, Violation, nearest
 from hydratune.objective import direction
-from hydratune.runs import HOME, Run, curve, differences, find_run, find_runs, is_study, metric_names
+from hydratune.runs import HOME, Run, differences, find_run, find_runs, is_study, metric_names, points
 
 _ONLINE = {"ppo", "grpo"}
 _OF_A_LOSS = {"algo.beta", "algo.loss_type", "model.tokenizer", "model.chat_template_path"}
@@ -162,13 +162,14 @@ def _results(runs: Sequence[Run], metrics: Sequence[str], unfair: str) -> list[t
         rows.append(("objective" if len(names) > 1 else f"objective {min(names)}", cells))
     bests = [(run.summary.get("metrics") or {}).get("best") or {} if run.ended else {} for run in runs]
     finals = [run.final for run in runs]
+    logged = [run.events for run in runs] if metrics and len(runs) <= _BESIDE else []
     for name in metrics:
         fair = not (unfair and _is_loss(name))
         rows.append((name, _marked([final.get(name) for final in finals], name, fair=fair)))
         if any(name in b and b[name] != f.get(name) for b, f in zip(bests, finals, strict=True)):
             values = [b.get(name, f.get(name)) for b, f in zip(bests, finals, strict=True)]
             rows.append(("  its best", _marked(values, name, fair=fair)))
-        curves = [curve(run, name)[1] for run in runs] if len(runs) <= _BESIDE else []
+        curves = [points(events, name)[1] for events in logged]
         if any(len(values) > 1 for values in curves):
             rows.append(("  its curve", [Text(line) for line in sparklines(curves)]))
     return rows
