@@ -292,6 +292,10 @@ def test_a_study_whose_server_hangs_is_listed_and_holds_nothing_up(opened, home)
         (folder / "0").mkdir(parents=True)
         (folder / ".study").write_text("hangs")
         (folder / "0" / "trial.json").write_text(json.dumps({"study": "hangs", "storage": url}))
+        dead = shutil.copytree(folder, home / "sweeps" / "dead")
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            url = f"postgresql+psycopg://me:secret@127.0.0.1:{closed.getsockname()[1]}/studies-of-everybody-here"
+        (dead / "0" / "trial.json").write_text(json.dumps({"study": "dead", "storage": url}))
         try:
             page = opened()
             names(page)
@@ -299,12 +303,16 @@ def test_a_study_whose_server_hangs_is_listed_and_holds_nothing_up(opened, home)
                 timeout=8000
             )
             assert "2 complete" in page.locator("#studies article", has_text="tiny-lr").inner_text()
+            card = page.locator("#studies article", has_text="sweeps/dead")
+            card.get_by_text("refused").wait_for()
+            assert card.evaluate("e => e.scrollWidth <= e.clientWidth") and "secret" not in card.inner_text()
             page.fill("#filter", "name~done")
             until(page, lambda: names(page) == {"done/slow", "done/fast"}, "the filtered runs", 4)
             page.get_by_text("Studies in Optuna's dashboard").click()
             page.get_by_text("tiny-lr").first.wait_for(timeout=8000)
         finally:
             shutil.rmtree(folder)
+            shutil.rmtree(dead)
 
 
 def test_the_sweeps_report_has_data_in_every_plot(opened):
@@ -397,11 +405,17 @@ def test_what_runs_have_written_is_text_on_every_page(browser, address, home):
         shutil.rmtree(home / "hostile")
 
 
-def test_it_is_readable_dark_and_on_a_phone(opened):
+def test_it_is_readable_dark_and_on_a_phone(opened, home):
+    long = fabricate(home / "done" / "with-a-long-rate", lr=0.009471377965552478)
     page = opened(
-        "/?run=done/slow&run=done/fast", color_scheme="dark", viewport={"width": 390, "height": 800}
+        "/?run=done/slow&run=done/with-a-long-rate",
+        color_scheme="dark",
+        viewport={"width": 390, "height": 800},
     )
     until(page, lambda: len(traces(page, "loss")) == 2, "two curves")
+    lines = "[...document.querySelectorAll('#settings td')].map(t => t.getBoundingClientRect().height)"
+    assert page.evaluate(lines) and max(page.evaluate(lines)) < 40  # no number is broken in two
+    shutil.rmtree(long)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
     def light(selector: str, what: str) -> float:
