@@ -407,6 +407,8 @@ def test_what_runs_have_written_is_text_on_every_page(browser, address, home):
 
 def test_it_is_readable_dark_and_on_a_phone(opened, home):
     long = fabricate(home / "done" / "with-a-long-rate", lr=0.009471377965552478)
+    with (long / "config.yaml").open("a") as file:
+        file.write("trainer: {gradient_accumulation_steps: 16}\n")
     page = opened(
         "/?run=done/slow&run=done/with-a-long-rate",
         color_scheme="dark",
