@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +81,12 @@ _PEAK_FLOPS = {
     "4090": 165e12,
     "B200": 2250e12,
 }
+
+
+def host_peak() -> int:
+    """The most memory that this process has had resident so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def gpu_metrics(tokens_per_second: float | None, model: Any, devices: int) -> dict[str, float]:

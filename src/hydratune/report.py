@@ -19,7 +19,11 @@ from markupsafe import Markup
 from hydratune.amounts import amount, duration
 from hydratune.objective import REWARD_ACCURACY, REWARDS, last_values
 from hydratune.tracking import read_metrics
+from hydratune.whole import write_whole
 
+_TILES = 8  # numbers of the headline side by side; more stand in rows of nearly the same length
+_FLAT = 3e-3  # share of their size below which the differences of values are not blown up to a chart
+_PICTURED = 8  # charts of curves.png
 _GENERATIONS = 12  # completions of the training that are shown, the last ones
 # title, unit of the axis, the series drawn together
 CHARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -61,25 +65,37 @@ _TRAIN, _EVAL, _INK, _LINE = _COLOURS
 
 
 def write_report(out_dir: Path) -> None:
-    """Write report.html and curves.png from a run's other files."""
+    """Write report.html and curves.png from a run's other files.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    page, picture = render(out_dir)
+    write_whole(out_dir / "report.html", page)
+    write_whole(out_dir / "curves.png", picture)
+
+
+def render(out_dir: Path) -> tuple[str, bytes]:
+    """What report.html and curves.png of a run hold."""
     events = read_metrics(out_dir)
     summary = _json(out_dir / "summary.json")
     charts = [(title, series) for title, names in CHARTS if (series := _series(events, names))]
+    headline = _headline(summary)
     page = Environment(
         loader=PackageLoader("hydratune"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     html = page.get_template("report.html.j2").render(
         summary=summary,
         name=summary.get("run_name") or out_dir.name,
-        headline=_headline(summary),
+        headline=headline,
+        across=-(-len(headline) // max(1, -(-len(headline) // _TILES))),
         charts=[(title, Markup(_svg(title, series, i))) for i, (title, series) in enumerate(charts)],
         samples=_samples(out_dir / "samples.jsonl"),
         generations=_samples(out_dir / "generations.jsonl")[-_GENERATIONS:],
         config=list(_flat(_yaml(out_dir / "config.yaml"))),
         seconds=[(phase, duration(s)) for phase, s in (summary.get("seconds") or {}).items()],
     )
-    (out_dir / "report.html").write_text(html, encoding="utf-8")
-    _picture(charts, out_dir / "curves.png", summary.get("run_name") or out_dir.name, _headline(summary))
+    return html, _picture(charts, summary.get("run_name") or out_dir.name, headline)
 
 
 def _series(
@@ -117,10 +133,14 @@ def _draw(
     axes.spines["bottom"].set_color(line)
     axes.tick_params(colors=ink, labelsize=size, length=0)
     axes.locator_params(axis="y", nbins=5)
-    axes.ticklabel_format(axis="y", scilimits=(-3, 5))  # a small learning rate would not fit beside the axis
+    # a small learning rate would not fit beside the axis; no label is one to be added to
+    axes.ticklabel_format(axis="y", scilimits=(-3, 5), useOffset=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))  # steps are whole
     axes.yaxis.get_offset_text().set(color=ink, fontsize=size)
     axes.margins(x=0.02)
+    low, high = axes.get_ylim()
+    if (lack := _FLAT * max(abs(low), abs(high)) - (high - low)) > 0:
+        axes.set_ylim(low - lack / 2, high + lack / 2)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=size, labelcolor=ink)
 
@@ -161,11 +181,11 @@ def _svg(title: str, series: dict[str, tuple[list[float], list[float]]], number:
     return text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
-def _picture(charts: list[tuple[str, Any]], path: Path, name: str, facts: list[tuple[str, str]]) -> None:
-    """The first six charts under the run's name and numbers, for pasting where no page can be."""
+def _picture(charts: list[tuple[str, Any]], name: str, facts: list[tuple[str, str]]) -> bytes:
+    """The first charts, and the last, which is memory, under the run's name and numbers, for pasting where no page can be."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    shown = charts[:6]
+    shown = charts if len(charts) <= _PICTURED else [*charts[: _PICTURED - 1], charts[-1]]
     rows = max(1, (len(shown) + 1) // 2)
     height = 2.6 * rows + 0.6
     inch = 1 / height
@@ -187,7 +207,9 @@ def _picture(charts: list[tuple[str, Any]], path: Path, name: str, facts: list[t
         axes = figure.add_subplot(rows, 2, i + 1)
         _draw(axes, series, ("#2f6fde", "#d9572b", "#555555", "#dddddd"), 8)
         axes.set_title(title, fontsize=10, loc="left")
-    FigureCanvasAgg(figure).print_png(str(path))
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
 
 
 def _headline(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -96,6 +96,8 @@ class Run:
         """Whether the summary is the last word: no event is of a later step, as those of a resumed run are."""
         if not self.summary:
             return False
+        if self.summary.get("logged_bytes") == _size(self.path / "metrics.jsonl"):
+            return True  # nothing was logged since, for which no metrics need to be read
         if not self._newest or self._newest[-1]["step"] <= (self.summary.get("steps") or 0):
             return True
         # a run that failed before it knew its steps
@@ -138,7 +140,7 @@ class Run:
     @property
     def trial_of(self) -> Path | None:
         """The folder of the study that the run is a trial of."""
-        return self.path.parent if any((self.path.parent / mark).is_file() for mark in _STUDY) else None
+        return self.path.parent if is_study(self.path.parent) else None
 
     @cached_property
     def choices(self) -> dict[str, str]:
@@ -182,6 +184,13 @@ def _modified(path: Path) -> float:
         return 0.0
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def _yaml(path: Path) -> Any:
     return _parsed(path, _modified(path))
 
@@ -207,7 +216,10 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def find_runs(home: Path = HOME) -> list[Run]:
-    """Every run and trial below a folder, the one that wrote last first; the folder itself when it is one."""
+    """Every run and trial below a folder, the one that wrote last first; the folder itself when it is one.
+
+    Links are not followed: a run is listed once, where it lies, and nothing that lies elsewhere.
+    """
     found = [
         Run(folder, str(folder.relative_to(home)) if folder != home else home.name)
         for folder, is_run in _walk(home)
@@ -219,6 +231,11 @@ def find_runs(home: Path = HOME) -> list[Run]:
 def find_studies(home: Path = HOME) -> list[Path]:
     """The folder of every study below a folder, or that folder itself, begun or done."""
     return [folder for folder, is_run in _walk(home) if not is_run]
+
+
+def is_study(folder: Path) -> bool:
+    """Whether a folder is a study's, begun or done."""
+    return any((folder / mark).is_file() for mark in _STUDY)
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
@@ -334,7 +351,12 @@ def metric_names(runs: Iterable[Run]) -> list[str]:
 
 def curve(run: Run, metric: str, along: str = "step") -> tuple[list[float], list[float]]:
     """The points of a metric along `step`, `epoch` or `time` (seconds since the start)."""
-    points = [
-        (e[along], e[metric]) for e in run.events if isinstance(e.get(metric), int | float) and along in e
-    ]
-    return [x for x, _ in points], [y for _, y in points]
+    return points(run.events, metric, along)
+
+
+def points(
+    events: Iterable[dict[str, Any]], metric: str, along: str = "step"
+) -> tuple[list[float], list[float]]:
+    """The points of a metric in events."""
+    found = [(e[along], e[metric]) for e in events if isinstance(e.get(metric), int | float) and along in e]
+    return [x for x, _ in found], [y for _, y in found]

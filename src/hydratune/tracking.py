@@ -28,6 +28,7 @@ from hydratune.objective import Objective, default, last_values, named
 from hydratune.rowfile import append_rows
 from hydratune.secrets import redact, redact_override
 from hydratune.settings import RunSettings
+from hydratune.whole import write_whole
 
 log = logging.getLogger("hydratune")
 
@@ -298,8 +299,11 @@ def collect_summary(
         run_name, status (completed, pruned, failed, interrupted), algo, model, data, peft (entries picked),
         objective {name, value}, objectives {name: value} when there are several, metrics {final, best}, steps,
         tokens, seconds {phase: s}, seconds_to_first_step (from the start of the command), tokens_per_second (over
-        training), peak_memory {bytes, kind: "cuda" or "host"}, seed, device, versions, git_commit, command, started.
+        training), peak_memory {bytes, kind: "cuda" or "host"}, seed, device, versions, git_commit, command, started,
+        logged_bytes (of metrics.jsonl, which tell whether a resumed run has logged since).
     """
+    logged = out_dir / "metrics.jsonl"
+    size = logged.stat().st_size if logged.is_file() else 0
     events = read_metrics(out_dir)
     final = last_values(events)
     best: dict[str, float] = {}
@@ -333,6 +337,7 @@ def collect_summary(
         "git_commit": _git_commit(),
         "command": settings.command,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(clock.started)),
+        "logged_bytes": size,
     }
     found = {str(o): o.value(events, summary) for o in objectives}
     values = {name: None if v is None or not math.isfinite(v) else v for name, v in found.items()}
@@ -345,22 +350,20 @@ def collect_summary(
 
 def write_summary(out_dir: Path, summary: dict[str, Any]) -> None:
     """summary.json, replaced whole or not at all."""
-    part = out_dir / "summary.json.part"
-    part.write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(out_dir / "summary.json")
+    write_whole(out_dir / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
 
 def _device_and_peak() -> tuple[str, dict[str, Any]]:
     import platform
-    import resource
 
     import torch
 
+    from hydratune.meter import host_peak
+
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(), {"bytes": torch.cuda.max_memory_allocated(), "kind": "cuda"}
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)", {"bytes": peak, "kind": "host"}
+    device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return device, {"bytes": host_peak(), "kind": "host"}
 
 
 def _version(package: str) -> str | None:

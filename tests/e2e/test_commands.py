@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import train as sweep
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
@@ -122,17 +124,65 @@ def test_losses_of_different_algorithms_are_not_held_against_each_other(home):
     assert "★" not in next(line for line in out.splitlines() if line.startswith("eval_loss"))
 
 
-def test_compare_takes_a_study_for_its_trials(home, tmp_path):
-    for number, name in enumerate(("whole", "adapter")):
-        (tmp_path / "study").mkdir(exist_ok=True)
-        (tmp_path / "study" / str(number)).symlink_to(home / name)
-    (tmp_path / "study" / "study.json").write_text("{}")
-    with pytest.MonkeyPatch.context() as patch:  # trials are folders of their own
-        patch.setattr("hydratune.commands.compare.find_runs", lambda folder: [
-            __import__("hydratune.runs").runs.Run(folder / str(n), str(n)) for n in (1, 0)
-        ])  # fmt: skip
-        found = json.loads(run("compare", tmp_path / "study", "--json")[0])
-    assert found["runs"] == ["0", "1"]
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A real sweep over three learning rates."""
+    folder = tmp_path_factory.mktemp("sweep")
+    tiny = [
+        "data.size=64",
+        "batch_size=8",
+        "tracking=none",
+        "tracking.samples=0",
+        "model.architecture.num_hidden_layers=1",
+    ]
+    sweep("-m", "lr=1e-5,3e-3,1e-3", "max_steps=3", "sweep.name=rates", *tiny, cwd=folder)
+    return folder / "outputs" / "sweeps" / "rates"
+
+
+def test_compare_takes_a_study_for_its_trials(study, home):
+    facts = json.loads((study / "study.json").read_text())
+    values = [trial["values"][0] for trial in facts["trials"]]
+    for words in (
+        [study],
+        ["rates", "--home", study.parents[1]],
+        ["sweeps/rates", "--home", study.parents[1]],
+    ):
+        found = json.loads(run("compare", *words, "--json")[0])
+        assert found["runs"] == ["0", "1", "2"] and found["settings"]["lr"] == [1e-5, 3e-3, 1e-3]
+        assert [o["value"] for o in found["objective"]] == values
+        assert found["best"]["eval_loss"] == [str(values.index(min(values)))]
+    out, _ = run("compare", study, "whole", "--home", home)  # and a run beside them
+    assert out.splitlines()[0].split() == ["0", "1", "2", "whole"]
+
+
+def test_the_summary_of_a_run_is_written_after_its_last_metric(study, home):
+    """So that commands and pages need not read the metrics of what has ended."""
+    for folder in (study / "0", home / "whole", home / "judge"):
+        logged = json.loads((folder / "summary.json").read_text())["logged_bytes"]
+        assert logged == (folder / "metrics.jsonl").stat().st_size > 0
+
+
+def test_compare_takes_the_trials_of_a_study_that_has_only_begun(study, tmp_path, home):
+    """study.json is there after a first result; the trials are seen from their first moment."""
+    begun = tmp_path / "sweeps" / "begun"
+    begun.mkdir(parents=True)
+    shutil.copy(study / ".study", begun)
+    words = ["compare", "begun", "--home", tmp_path]
+    out, error = run(*words, code=2)
+    assert (
+        error.count("error") == 1 and "no trial of this study has begun" in error and "→" in error and not out
+    )
+    for name in ("0", "1"):
+        shutil.copytree(study / name, begun / name, ignore=shutil.ignore_patterns("model", "checkpoints"))
+        (begun / name / "summary.json").unlink()
+        if name == "0":
+            out, error = run(*words, code=2)
+            assert error.count("error") == 1 and "only one trial" in error and "→" in error and not out
+            out, _ = run("compare", begun, home / "whole")  # with another run it is enough
+            assert out.splitlines()[0].split() == ["0", str(home / "whole")]
+    found = json.loads(run(*words, "--json")[0])
+    assert found["runs"] == ["0", "1"] and set(found["status"]) <= {"running", "stopped"}
+    assert found["settings"]["lr"] == [1e-5, 3e-3] and all(found["metrics"]["eval_loss"])
 
 
 # ------------------------------------------------------------------ eval

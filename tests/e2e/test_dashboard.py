@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import yaml
@@ -283,6 +285,36 @@ def test_a_trial_opens_in_optunas_dashboard_and_leads_back(opened):
     page.wait_for_selector(".ag-row")
 
 
+def test_a_study_whose_server_hangs_is_listed_and_holds_nothing_up(opened, home):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        url = f"postgresql+psycopg://me:secret@127.0.0.1:{silent.getsockname()[1]}/studies"
+        folder = home / "sweeps" / "hangs"
+        (folder / "0").mkdir(parents=True)
+        (folder / ".study").write_text("hangs")
+        (folder / "0" / "trial.json").write_text(json.dumps({"study": "hangs", "storage": url}))
+        dead = shutil.copytree(folder, home / "sweeps" / "dead")
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            url = f"postgresql+psycopg://me:secret@127.0.0.1:{closed.getsockname()[1]}/studies-of-everybody-here"
+        (dead / "0" / "trial.json").write_text(json.dumps({"study": "dead", "storage": url}))
+        try:
+            page = opened()
+            names(page)
+            page.locator("#studies article", has_text="hangs").get_by_text("does not answer").wait_for(
+                timeout=8000
+            )
+            assert "2 complete" in page.locator("#studies article", has_text="tiny-lr").inner_text()
+            card = page.locator("#studies article", has_text="sweeps/dead")
+            card.get_by_text("refused").wait_for()
+            assert card.evaluate("e => e.scrollWidth <= e.clientWidth") and "secret" not in card.inner_text()
+            page.fill("#filter", "name~done")
+            until(page, lambda: names(page) == {"done/slow", "done/fast"}, "the filtered runs", 4)
+            page.get_by_text("Studies in Optuna's dashboard").click()
+            page.get_by_text("tiny-lr").first.wait_for(timeout=8000)
+        finally:
+            shutil.rmtree(folder)
+            shutil.rmtree(dead)
+
+
 def test_the_sweeps_report_has_data_in_every_plot(opened):
     page = opened("/runs/sweeps/tiny-lr/report.html")
     until(
@@ -301,11 +333,91 @@ def test_the_sweeps_report_has_data_in_every_plot(opened):
     page.get_by_text("Curves").first.wait_for()
 
 
-def test_it_is_readable_dark_and_on_a_phone(opened):
+HOSTILE = "<img src=x onerror=\"window.top.hit='text'\"></pre></script><script>window.top.hit='text'</script><!--<script>"
+
+
+def test_what_runs_have_written_is_text_on_every_page(browser, address, home):
+    """Names, settings, completions and reasons that are HTML; and reports that somebody has put a script into."""
+    named = "<img src=x onerror=window.top.hit=1>"
+    run = fabricate(home / "hostile" / named, lr=1e-3, answer=HOSTILE)
+    told = {"step": 1, "prompt": HOSTILE, "completion": HOSTILE, "reward": 1.0, "policy": HOSTILE}
+    (run / "generations.jsonl").write_text(json.dumps(told) + "\n")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"note": HOSTILE}))
+    facts = json.loads((run / "summary.json").read_text())
+    facts |= {
+        "run_name": HOSTILE,
+        "command": HOSTILE,
+        "device": HOSTILE,
+        "model": HOSTILE,
+        "status": "completed",
+    }
+    (run / "summary.json").write_text(json.dumps(facts))
+    study = home / "hostile" / "study"
+    study.mkdir()
+    facts = json.loads((home / "sweeps" / "tiny-lr" / "study.json").read_text())
+    for trial in facts["trials"]:
+        trial["settings"] = trial["params"] = {
+            "lr": trial["settings"]["lr"],
+            "note": f"{HOSTILE}{trial['number']}",
+        }
+        trial["reason"] = HOSTILE
+    facts |= {"name": HOSTILE, "space": {"note": HOSTILE}, "commands": {"0": HOSTILE, "1": HOSTILE}}
+    (study / "study.json").write_text(json.dumps(facts))
+    context = browser.new_context(viewport={"width": 1300, "height": 1000})
+    try:
+        page, link = context.new_page(), f"/runs/hostile/{quote(named)}"
+        hit = "window.hit || [...document.querySelectorAll('[onerror]')].length"
+        page.goto(f"{address}/?run=hostile/{quote(named)}&run=done/slow")
+        page.locator("#completions").get_by_text("onerror").first.wait_for()
+        page.locator("#settings").get_by_text("onerror").first.wait_for()
+        assert not page.evaluate(hit)
+        page.locator("#source").get_by_text("generations").click()
+        page.locator("#completions").get_by_text("reward 1").wait_for()
+        assert not page.evaluate(hit)
+        for path in (
+            f"{link}/report.html",
+            f"{link}/",
+            "/runs/hostile/",
+            "/runs/hostile/study/report.html",
+            f"{link}/samples.jsonl",
+        ):
+            page.goto(address + path)
+            assert "onerror" in page.inner_text("body") and not page.evaluate(hit), path
+        page.goto(f"{address}/runs/hostile/study/report.html")
+        page.wait_for_function(
+            "document.querySelectorAll('.js-plotly-plot').length == document.querySelectorAll('.plot').length"
+        )
+        assert page.locator(".plot").count() > 3 and not page.evaluate(hit)
+
+        # a page that does hold a script: of a run it does not run, of a study it reaches nothing
+        script = "<p id=p>shown</p><script>window.hit = [self.origin]; try { localStorage; hit.push('storage') } catch {}</script>"
+        for folder, ran in ((run, False), (study, True)):
+            (folder / "report.html").write_text(script)
+            page.goto(f"{address}/runs/{quote(str(folder.relative_to(home)))}/report.html")
+            page.get_by_text("shown").wait_for()
+            assert page.evaluate("window.hit || null") == (["null"] if ran else None)
+            for where in (f"{address}/api/studies", "http://127.0.0.1:9/"):
+                asked = f"fetch('{where}').then(a => a.status, () => 'refused')"
+                assert page.evaluate(asked) == "refused"
+    finally:
+        context.close()
+        shutil.rmtree(home / "hostile")
+
+
+def test_it_is_readable_dark_and_on_a_phone(opened, home):
+    long = fabricate(home / "done" / "with-a-long-rate", lr=0.009471377965552478)
+    with (long / "config.yaml").open("a") as file:
+        file.write("trainer: {gradient_accumulation_steps: 16}\n")
     page = opened(
-        "/?run=done/slow&run=done/fast", color_scheme="dark", viewport={"width": 390, "height": 800}
+        "/?run=done/slow&run=done/with-a-long-rate",
+        color_scheme="dark",
+        viewport={"width": 390, "height": 800},
     )
     until(page, lambda: len(traces(page, "loss")) == 2, "two curves")
+    lines = "[...document.querySelectorAll('#settings td')].map(t => t.getBoundingClientRect().height)"
+    assert page.evaluate(lines) and max(page.evaluate(lines)) < 40  # no number is broken in two
+    shutil.rmtree(long)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
     def light(selector: str, what: str) -> float:

@@ -55,7 +55,7 @@ def trajectory(trainer) -> dict[str, list[float]]:
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(history) == STEPS
-    keys = {key for entry in history for key in entry} - {"epoch", "tokens_per_second"}
+    keys = {key for entry in history for key in entry} - {"epoch", "tokens_per_second", "peak_memory_gib"}
     # a batch without a class has no mean over it
     return {key: [float(e.get(key, math.nan)) for e in history] for key in keys}
 

@@ -44,6 +44,7 @@ def test_the_page_of_a_real_study(tmp_path):
     parser = _Sources()
     parser.feed(html)
     assert all(s.startswith("data:") or s.endswith("report.html") for s in parser.found)
+    assert "\"'a'\"" not in html and '"a"' in html  # Optuna's slices quote the entries of a choice
     assert "<b>broken</b>" not in html and "broken" in html
     assert "rgb(122,92,240)" in html and "#440154" not in html.split("const figures")[1]  # seen on dark paper
     assert "Importance for objective: lr" in (tmp_path / "study.md").read_text()

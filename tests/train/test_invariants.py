@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
 
 from hydratune import SFTConfig, SFTTrainer, UserError, attention, merge_adapter
 from hydratune.data.builtin import arithmetic
+from hydratune.meter import host_peak
 from hydratune.models import ModelRecipe, byte_tokenizer
 
 ARCHITECTURE = {
@@ -194,6 +195,21 @@ def test_metrics_are_token_weighted_sums(tmp_path):
         losses.append((metrics["eval_loss"], metrics["eval_entropy"], metrics["eval_mean_token_accuracy"]))
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
     assert losses[2] == pytest.approx(losses[0], abs=1e-6)
+
+
+def test_memory_is_logged_on_the_cpu_where_it_is_logged_at_all(tmp_path, monkeypatch):
+    asked = []
+
+    def peak() -> int:
+        asked.append(host_peak())
+        return asked[-1]
+
+    monkeypatch.setattr("hydratune.algos.base.host_peak", peak)
+    run = trainer(tmp_path, logging_steps=5)
+    run.train()
+    logged = [e["peak_memory_gib"] * 2**30 for e in run.state.log_history if "peak_memory_gib" in e]
+    assert logged == asked[:2] and len(asked) <= 3  # of ten steps, and at the end
+    assert 2**26 < asked[0] <= asked[1] <= host_peak()  # Torch alone takes more than 64 MiB
 
 
 def test_compute_metrics_gets_logits(tmp_path):

@@ -79,7 +79,12 @@ def trainer(algo: str, folder, *, data=None, evaluation=None, attention="hydratu
 def trajectory(run, resume=None) -> dict[str, list[float]]:
     run.train(resume_from_checkpoint=resume)
     logged = [entry for entry in run.state.log_history if "loss" in entry]
-    keys = {key for entry in logged for key in entry} - {"epoch", "tokens_per_second", "eps"}
+    keys = {key for entry in logged for key in entry} - {
+        "epoch",
+        "tokens_per_second",
+        "eps",
+        "peak_memory_gib",
+    }
     return {key: [float(e[key]) for e in logged if key in e] for key in keys}
 
 

@@ -80,7 +80,7 @@ def trainer(
 def trajectory(run, resume=None) -> dict[str, list[float]]:
     run.train(resume_from_checkpoint=resume)
     logged = [entry for entry in run.state.log_history if "loss" in entry]
-    keys = {key for entry in logged for key in entry} - {"epoch", "tokens_per_second"}
+    keys = {key for entry in logged for key in entry} - {"epoch", "tokens_per_second", "peak_memory_gib"}
     return {key: [float(e[key]) for e in logged if key in e] for key in keys}
 
 

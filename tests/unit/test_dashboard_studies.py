@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+import socket
+import threading
+import time
 
 import optuna
 import pytest
@@ -11,6 +16,7 @@ pytest.importorskip("optuna_dashboard", reason="needs the extra [dashboard]")
 from optuna_dashboard import get_note, save_note
 
 from hydratune.dashboard.places import where
+from hydratune.dashboard.questions import NoAnswer
 from hydratune.dashboard.studies import Curves, ReadOnly, Studies
 from hydratune.sweep.storage import open_storage
 
@@ -85,8 +91,6 @@ def test_what_happens_in_a_study_is_seen_at_the_next_look(home):
 
 
 def test_studies_come_go_and_are_replaced_without_a_restart(home, monkeypatch):
-    import shutil
-
     folder, _ = home
     monkeypatch.setattr("hydratune.dashboard.studies._LOOK", 0.0)
     union = Studies(folder)
@@ -121,6 +125,77 @@ def test_a_database_that_has_gone_does_not_hide_the_other_studies(home, monkeypa
 
     monkeypatch.setattr(place.storage, "get_all_studies", gone)
     assert {s.study_name for s in union.get_all_studies()} == {"a", "b"}
+
+
+@pytest.fixture
+def silent_server():
+    """The port of a server that takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as server:
+        yield server.getsockname()[1]
+
+
+def on_server(folder, port):
+    (folder / "0").mkdir(parents=True)
+    (folder / ".study").write_text(folder.name)
+    url = f"postgresql+psycopg://me:secret@127.0.0.1:{port}/studies"
+    (folder / "0" / "trial.json").write_text(json.dumps({"study": folder.name, "storage": url}))
+    return folder
+
+
+def test_a_server_that_does_not_answer_holds_nothing_up(home, silent_server, monkeypatch):
+    pytest.importorskip("psycopg", reason="needs the extra [postgres]")
+    folder, _ = home
+    monkeypatch.setattr("hydratune.dashboard.studies._LOOK", 0.0)
+    hangs = [on_server(folder / f"hangs{i}", silent_server) for i in range(4)]
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    dead = on_server(folder / "dead", port)
+    union, start = Studies(folder), time.monotonic()
+    assert {s.study_name for s in union.get_all_studies()} == {"a", "b", "kept"}
+    assert time.monotonic() - start < 4  # each alone would take minutes
+    end = time.monotonic() + 20
+    while "refused" not in union.unreadable[dead]:
+        assert time.monotonic() < end, union.unreadable
+        union.places()
+        time.sleep(0.05)
+    for _ in range(20):  # looked for again, and not waited for
+        start = time.monotonic()
+        union.places()
+        assert time.monotonic() - start < 0.5
+        assert "refused" in union.unreadable[dead] and "secret" not in union.unreadable[dead]
+    assert {union.unreadable[path] for path in hangs} == {"its database does not answer"}
+    shutil.rmtree(hangs[0])
+    union.places()
+    assert hangs[0] not in union.unreadable and hangs[1] in union.unreadable
+
+
+def test_a_server_that_falls_silent_is_asked_once_and_seen_again_when_it_speaks(home, monkeypatch):
+    union, speaks = Studies(home[0]), threading.Event()
+    (place,) = [p for p in union.places() if p.name == "kept"]
+    place.remote, trials, asked = True, place.storage.get_all_trials, []
+
+    def slow(*args, **options):
+        asked.append(args)
+        speaks.wait(60)
+        return trials(*args, **options)
+
+    monkeypatch.setattr(place.storage, "get_all_trials", slow)
+    with pytest.raises(NoAnswer, match="does not answer"):
+        union.get_all_trials(place.number)
+    start = time.monotonic()
+    for _ in range(5):
+        with pytest.raises(NoAnswer):
+            union.get_all_trials(place.number)
+        assert {s.study_name for s in union.get_all_studies()} == {"a", "b"}
+    assert time.monotonic() - start < 0.9 and len(asked) == 1  # no wait and no thread for each
+    speaks.set()
+    end = time.monotonic() + 20
+    while True:
+        with contextlib.suppress(NoAnswer):
+            assert len(union.get_all_trials(place.number)) == 3
+            break
+        assert time.monotonic() < end
+    assert {s.study_name for s in union.get_all_studies()} == {"a", "b", "kept"}
 
 
 def test_a_moved_study_is_read_from_where_it_is(home, tmp_path):

@@ -7,6 +7,7 @@ import re
 
 import yaml
 
+from hydratune import report
 from hydratune.card import write_card
 from hydratune.report import write_report
 
@@ -82,6 +83,39 @@ def test_one_step_is_drawn(tmp_path):
     fill(tmp_path, events=1)
     write_report(tmp_path)
     assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_memory_is_in_the_picture_of_a_run_with_many_charts(tmp_path, monkeypatch):
+    event = {name: 1.0 for _, names in report.CHARTS for name in names}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, **event}) + "\n")
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, title, **_: titles.append(title))
+    report.render(tmp_path)
+    assert len(titles) == 8 and titles[0] == "Mean reward" and titles[-1] == "Peak memory (GiB)"
+
+
+def test_values_that_hardly_differ_are_drawn_on_an_axis_of_plain_numbers(tmp_path):
+    events = [{"step": i, "loss": 5.496934 + i * 1e-7} for i in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    write_report(tmp_path)
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "report.html").read_text())
+    assert labels and not [
+        label for label in labels if "+" in label
+    ]  # no 1e−7+5.496934 that the reader adds to
+    assert {"5.490", "5.495", "5.500", "5.505"} & set(labels) and all(len(label) <= 7 for label in labels)
+
+
+def test_of_an_empty_completion_it_is_said_that_it_is_empty(tmp_path):
+    rows = [
+        {"prompt": "a", "completion": ""},
+        {"prompt": "b", "completion": " \n"},
+        {"prompt": "c", "score": 0},
+    ]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<p class="none">(.*?)</p>', page) == ["nothing", "only white space"]
+    assert "<pre>0</pre>" in page
 
 
 def front_matter(folder) -> dict:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from test_run_files import make
@@ -70,6 +72,58 @@ def test_losses_of_online_runs_say_nothing(tmp_path):
     for name, value in (("a", 1.0), ("b", 2.0)):
         make(tmp_path / name, lr=value, summary={"algo": "grpo", **finals(loss=value)})
     assert compared(tmp_path, "a", "b", metric="loss")[0] == []
+
+
+def opened(*words):
+    """How often each run's metrics.jsonl is opened by a command, in a process that counts every file it opens."""
+    code = """
+import json, pathlib, sys
+files = []
+sys.addaudithook(lambda event, told: event == "open" and files.append(str(told[0])))
+from hydratune.cli import app
+try:
+    app(sys.argv[1:])
+finally:
+    names = [pathlib.Path(f).parent.name for f in files if f.endswith("metrics.jsonl")]
+    assert any(f.endswith("summary.json") for f in files)
+    print(json.dumps({name: names.count(name) for name in names}), file=sys.stderr)
+"""
+    line = [sys.executable, "-c", code, *map(str, words)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stderr.splitlines()[-1])
+
+
+def test_what_has_ended_is_told_by_its_summary_alone(tmp_path):
+    names = [str(i) for i in range(7)]
+    for i, name in enumerate(names):
+        events = [
+            {"step": 1, "time": 1.0, "eval_loss": 9.0, "loss": 9.0},
+            {"step": 2, "time": 2.0, "eval_loss": 2.0 + i},
+        ]
+        folder = make(tmp_path / name, lr=10.0**-i, events=events, summary={})
+        size = (folder / "metrics.jsonl").stat().st_size
+        final = {"final": {"eval_loss": 2.0 + i}, "best": {}}
+        facts = {"status": "completed", "algo": "sft", "steps": 2, "metrics": final, "logged_bytes": size}
+        facts |= {"objective": {"name": "eval_loss", "value": 2.0 + i}, "seconds": {"training": 2.0}}
+        (folder / "summary.json").write_text(json.dumps(facts))
+    home = ["--home", tmp_path]
+    for command in (
+        ["runs"],
+        ["runs", "--json"],
+        ["runs", "eval_loss<4", "--sort", "eval_loss", "--columns", "lr,eval_loss"],
+    ):
+        assert opened(*command, *home) == {}, command
+    assert opened("compare", *names, *home) == {}
+    assert opened("compare", *names[:3], "--json", *home) == {}
+    # few stand side by side with their curves, which no summary has: each is read once, whatever is drawn of it
+    assert opened("compare", "0", "1", *home) == {"0": 1, "1": 1}
+    (tmp_path / "3" / "metrics.jsonl").open("a").write(
+        '{"step": 3, "time": 3.0, "eval_loss": 1.0}\n'
+    )  # resumed
+    assert set(opened("runs", *home)) == {"3"}
+    shown = json.loads(CliRunner().invoke(app, ["runs", "name=3", "--json", *map(str, home)]).stdout)[0]
+    assert (shown["status"], shown["steps"], shown["metrics"]["eval_loss"]) == ("running", 3, 1.0)
 
 
 def test_a_column_is_not_shown_twice(tmp_path):

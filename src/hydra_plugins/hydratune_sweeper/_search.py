@@ -23,13 +23,13 @@ from hydratune.errors import TrainingFailed, UserError, Violation, nearest
 from hydratune.functions import resolve
 from hydratune.objective import Objective, default, direction
 from hydratune.settings import RunSettings
-from hydratune.sweep.export import whole
 from hydratune.sweep.job import Command
 from hydratune.sweep.space import Dimension, Space
 from hydratune.sweep.supervisor import Result, near
 from hydratune.sweep.sweep import Sweep
 from hydratune.sweep.trial import Bound
 from hydratune.sweep.view import Outlet, show_plan
+from hydratune.whole import write_whole
 
 _NOT_OF_A_STUDY = ("run_name", "debug", "tracking")  # may change while a study goes on
 
@@ -74,7 +74,7 @@ def run(arguments: list[str], config: DictConfig, context: HydraContext) -> Resu
         return None
     line = ["-m", *_options(config), *(plain(o) for o in [*shared, *swept])]
     known = {"script": str(script), "folder": str(Path.cwd()), "name": search.name, "arguments": line}
-    result = sweep.run(accepted=lambda: whole(directory / "command.json", json.dumps(known)))
+    result = sweep.run(accepted=lambda: write_whole(directory / "command.json", json.dumps(known)))
     if not any(t.values for t in result.trials):
         reasons = [t.reason for t in result.trials if t.reason] or ["see their console.log"]
         often = max(reasons, key=reasons.count)

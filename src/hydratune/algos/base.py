@@ -29,7 +29,7 @@ from hydratune.algos.arguments import BaseConfig, check_options, config_of, once
 from hydratune.checkpoints import COUNTERS
 from hydratune.errors import TrainingFailed, UserError, Violation
 from hydratune.fused_head import base_of, is_exact
-from hydratune.meter import Meter, gpu_metrics
+from hydratune.meter import Meter, gpu_metrics, host_peak
 from hydratune.models import ModelRecipe, load_tokenizer, settle_tokenizer
 from hydratune.packing import packs
 
@@ -405,6 +405,8 @@ class BaseTrainer(transformers.Trainer):
         self._window_start, self._idle = now, 0.0
         if self.args.device.type == "cuda":
             metrics |= gpu_metrics(metrics.get("tokens_per_second"), self.model, self.args.world_size)
+        else:
+            metrics["peak_memory_gib"] = host_peak() / 2**30
         return metrics
 
     def derived(self, metrics: dict[str, float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from hydratune.commands.common import Home, clear
 from hydratune.commands.runs import shown
 from hydratune.errors import UserError, Violation, nearest
 from hydratune.objective import direction
-from hydratune.runs import HOME, Run, curve, differences, find_run, find_runs, metric_names
+from hydratune.runs import HOME, Run, differences, find_run, find_runs, is_study, metric_names, points
 
 _ONLINE = {"ppo", "grpo"}
 _OF_A_LOSS = {"algo.beta", "algo.loss_type", "model.tokenizer", "model.chat_template_path"}
@@ -33,6 +33,7 @@ _UNTOLD = (
     "flos",
     "grad_norm",
     "entropy",
+    "memory_gib",
 )  # not what a run is compared by unless it is asked for
 
 
@@ -81,17 +82,12 @@ def _found(names: Sequence[str], home: Path) -> list[Run]:
     """The runs of names, each once; a study stands for its trials that wrote anything."""
     found: list[Run] = []
     for name in names:
-        folder = next(
-            (
-                f
-                for f in (Path(name).expanduser(), home / name, home / "sweeps" / name)
-                if (f / "study.json").is_file()
-            ),
-            None,
-        )
-        trials = sorted(find_runs(folder), key=_number) if folder is not None else [find_run(name, home)]
-        if not trials:
-            raise UserError(Violation("RUN", name, "no trial of this study has begun", "let it go on"))
+        places = (Path(name).expanduser(), home / name, home / "sweeps" / name)
+        study = next(filter(is_study, places), None)
+        trials = sorted(find_runs(study), key=_number) if study is not None else [find_run(name, home)]
+        if study is not None and len(trials) < (2 if len(names) == 1 else 1):
+            why = "only one trial of this study has begun" if trials else "no trial of this study has begun"
+            raise UserError(Violation("RUN", name, why, "let it go on, or name another run too"))
         found += trials
     return [*{run.path.resolve(): run for run in found}.values()]
 
@@ -166,13 +162,14 @@ def _results(runs: Sequence[Run], metrics: Sequence[str], unfair: str) -> list[t
         rows.append(("objective" if len(names) > 1 else f"objective {min(names)}", cells))
     bests = [(run.summary.get("metrics") or {}).get("best") or {} if run.ended else {} for run in runs]
     finals = [run.final for run in runs]
+    logged = [run.events for run in runs] if metrics and len(runs) <= _BESIDE else []
     for name in metrics:
         fair = not (unfair and _is_loss(name))
         rows.append((name, _marked([final.get(name) for final in finals], name, fair=fair)))
         if any(name in b and b[name] != f.get(name) for b, f in zip(bests, finals, strict=True)):
             values = [b.get(name, f.get(name)) for b, f in zip(bests, finals, strict=True)]
             rows.append(("  its best", _marked(values, name, fair=fair)))
-        curves = [curve(run, name)[1] for run in runs] if len(runs) <= _BESIDE else []
+        curves = [points(events, name)[1] for events in logged]
         if any(len(values) > 1 for values in curves):
             rows.append(("  its curve", [Text(line) for line in sparklines(curves)]))
     return rows

@@ -11,6 +11,7 @@ import dash_ag_grid
 from dash import dcc, html
 
 from hydratune.dashboard.chart import COLOURS, TALL, chart
+from hydratune.dashboard.drawn import can_draw
 from hydratune.runs import Run, differences
 
 EVERY = 2000  # milliseconds between two looks at the runs
@@ -178,7 +179,7 @@ def chip(run: Run, slot: int, study: str | None) -> Any:
     """A selected run: its colour, its name, where it leads, and a way to drop it."""
     link = quote(run.name)
     links = [html.A("files", href=f"/runs/{link}/")]
-    if (run.path / "report.html").is_file():
+    if can_draw(run):
         links.insert(0, html.A("report", href=f"/runs/{link}/report.html"))
     if study:
         links.append(html.A("trial", href=study))

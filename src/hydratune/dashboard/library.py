@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from hydratune.dashboard.drawn import can_draw
 from hydratune.objective import default
 from hydratune.report import CHARTS
 from hydratune.runs import Run, curve, find_runs, matching, metric_names
@@ -108,7 +109,7 @@ def row(run: Run) -> dict[str, Any]:
             metric = default(run.final)
             value = run.final.get(metric)
     facts |= {"metric": metric, "objective": value, "steps": steps, "speed": speed}
-    facts["report"] = (run.path / "report.html").is_file()
+    facts["report"] = can_draw(run)
     return facts
 
 

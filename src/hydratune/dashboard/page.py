@@ -67,12 +67,13 @@ def _table_callbacks(app: Dash, runs: Library, studies: Studies) -> None:
             rows, columns = _table(now, text or "")
         except ValueError as error:
             (rows, columns), message = _table(now, ""), str(error)
-        cards, closed = [], {str(folder): why for folder, why in studies.unreadable.items()}
-        for place in studies.places()[::-1]:
+        places = studies.places()[::-1]
+        cards, closed = [], {_below(runs, f): why for f, why in studies.unreadable.copy().items()}
+        for place in places:
             try:
                 cards.append(_study(studies, place))
             except Exception as error:  # its database has gone: of a driver, many kinds
-                closed[str(place.folder)] = (str(error).splitlines() or [type(error).__name__])[0]
+                closed[_below(runs, place.folder)] = (str(error).splitlines() or [type(error).__name__])[0]
         shown, live = sum(r["shown"] for r in rows), sum(r["status"] == "running" for r in rows)
         counts = f"{shown} of {len(rows)} runs" if shown < len(rows) else f"{len(rows)} runs"
         counts += f", {live} running" if live else ""
@@ -94,6 +95,10 @@ def _table_callbacks(app: Dash, runs: Library, studies: Studies) -> None:
             layout.size(shown),
             stamps,
         )
+
+
+def _below(runs: Library, folder: Path) -> str:
+    return folder.name if folder == runs.home else str(folder.relative_to(runs.home))
 
 
 def _study(studies: Studies, place: Any) -> dict[str, Any]:
@@ -165,7 +170,7 @@ def _selection_callbacks(app: Dash, runs: Library, studies: Studies) -> None:
         now = {
             "runs": slots,
             "of": len(there),
-            "stamp": library.stamp(found, "metrics.jsonl", "report.html"),
+            "stamp": library.stamp(found, "metrics.jsonl"),
         }
         told = {"runs": slots, "stamp": library.stamp(found, "samples.jsonl", "generations.jsonl")}
         return no_update if now == curves else now, no_update if told == said else told, not found, not found

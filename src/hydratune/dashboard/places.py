@@ -6,12 +6,14 @@ import contextlib
 import json
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial
 
+from hydratune.dashboard.questions import PATIENCE, NoAnswer, Question
 from hydratune.secrets import hide_password
 from hydratune.sweep.storage import is_url
 
@@ -26,6 +28,7 @@ class Place:
         name: the study's, with its folder when another has the same.
         uid: tells it from another study that takes its folder.
         study: its id in its own storage.
+        remote: whether its storage is a server, which may not answer.
     """
 
     folder: Path
@@ -34,10 +37,34 @@ class Place:
     uid: str
     storage: BaseStorage
     study: int
+    remote: bool
     lock: threading.RLock = field(
         default_factory=threading.RLock
     )  # a journal is replayed into shared objects
     finished: dict[int, FrozenTrial] = field(default_factory=dict)
+    late: dict[str, Question] = field(default_factory=dict)
+
+    def ask(self, method: str, *args: Any, **options: Any) -> Any:
+        """What a method of the storage returns; for those who hold the lock.
+
+        Raises:
+            NoAnswer: a server does not answer in time, or has not answered an earlier question yet. An answer that comes
+                later is for who asks the same again.
+        """
+        call = partial(getattr(self.storage, method), *args, **options)
+        if not self.remote:
+            return call()
+        name = f"{method}{args}"
+        question = self.late.pop(name, None)
+        wait = 0.0 if question else PATIENCE
+        if question is None and any(not other.answered for other in self.late.values()):
+            raise NoAnswer("its database does not answer")
+        question = question or Question(call)
+        try:
+            return question.answer(wait)
+        except NoAnswer:
+            self.late[name] = question
+            raise
 
 
 def uid(folder: Path) -> str:
@@ -61,6 +88,10 @@ def where(folder: Path) -> str:
     if not known or not (is_url(known) or Path(known).is_file()):
         raise KeyError(f"its storage {hide_password(known)} is not here" if known else "no trial has begun")
     return known
+
+
+def is_remote(storage: str) -> bool:
+    return is_url(storage) and not storage.startswith("sqlite")
 
 
 def name(folder: Path) -> str:

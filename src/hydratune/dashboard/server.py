@@ -18,6 +18,7 @@ from jinja2 import Environment, PackageLoader
 from optuna_dashboard import wsgi as optuna_dashboard
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from hydratune.dashboard.drawn import drawn
 from hydratune.dashboard.library import Library
 from hydratune.dashboard.page import build
 from hydratune.dashboard.studies import Curves, Studies
@@ -29,9 +30,11 @@ HOST = "127.0.0.1"
 _NAMES = {"127.0.0.1", "localhost"}  # another name that leads here is a trick of some web page's
 _OPTUNA = {"dashboard", "api", "static", "artifacts", "csv", "favicon.ico", "incompatible-rdb-schema"}
 _CHANGE = "This dashboard shows studies and takes notes; it does not change them. Use the command line."
-# Of the first kind our pages and Dash's; of the second what runs have written. Neither may ask anything of another machine.
+# Our pages, Dash's and Optuna's; what runs have written, which runs no script; and the page of a study, whose plots need theirs,
+# in an origin of its own. None may ask anything of another machine, and the last two nothing of this server but pictures.
 _PAGE = "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; frame-ancestors 'self'"
-_FILE = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:"
+_FILE = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_PLOTS = _FILE.replace("sandbox;", "sandbox allow-scripts; script-src 'unsafe-inline';")
 _WAY_BACK = b"""<style>#dashboard a:not([class]) { color:#3f8cf0 } #runs { position:fixed; z-index:2000; top:14px; right:24px; color:#fff;
 background:#2f6fde; border-radius:8px; padding:6px 14px; font:600 14px system-ui,sans-serif; text-decoration:none }</style><a id="runs" href="/">Runs</a>"""
 _TEXT = {".jsonl", ".json", ".yaml", ".yml", ".log", ".md", ".sh", ".csv", ".txt", ".jinja", ".py", ""}
@@ -76,7 +79,7 @@ def _with_way_back(optuna: Any, environ: dict[str, Any], start: Callable[..., An
         for name, value in told[1]
         if name.lower() not in ("content-length", "last-modified", "etag")
     ]
-    start(told[0], [*kept, ("Content-Length", str(len(body)))])
+    start(told[0], [*kept, ("Content-Length", str(len(body))), ("Content-Security-Policy", _PAGE)])
     return [body]
 
 
@@ -88,6 +91,7 @@ def _refuse(start: Callable[..., Any], why: str) -> list[bytes]:
 
 def _confine(response: Response) -> Response:
     response.headers.setdefault("Content-Security-Policy", _PAGE)
+    response.headers["X-Content-Type-Options"] = "nosniff"
     return response
 
 
@@ -99,19 +103,23 @@ def _serve_files(server: Flask, home: Path) -> None:
     @server.get("/runs/")
     @server.get("/runs/<path:name>")
     def files(name: str = "") -> Any:
-        path = (root / name).resolve()
-        if not path.is_relative_to(root) or not path.exists():
+        path = _inside(root, root / name)
+        if path is None:
             abort(404)
+        if not path.exists():
+            content = drawn(path)
+            if content is None:
+                abort(404)
+            return _file(Response(content, mimetype=mimetypes.guess_type(path.name)[0]), path)
         if path.is_dir():
             if name and not name.endswith("/"):
                 return redirect(f"/runs/{name}/")
-            entries = sorted(path.iterdir(), key=lambda p: (p.is_file(), p.name))
+            entries = [entry for entry in path.iterdir() if entry.exists() and _inside(root, entry)]
+            entries.sort(key=lambda p: (p.is_file(), p.name))
             is_run = any(entry.name in ("config.yaml", "summary.json") for entry in entries)
-            below = "" if path == root else quote(f"{'' if is_run else 'name~'}{name.strip('/')}")
+            below = "" if path == root else quote(f"{'' if is_run else 'name~'}{path.relative_to(root)}")
             rows = [
-                (p.name + "/" * p.is_dir(), "" if p.is_dir() else _size(p.stat().st_size))
-                for p in entries
-                if p.exists()
+                (p.name + "/" * p.is_dir(), "" if p.is_dir() else _size(p.stat().st_size)) for p in entries
             ]
             return page.render(
                 name=name.strip("/"),
@@ -125,8 +133,22 @@ def _serve_files(server: Flask, home: Path) -> None:
             answer = Response(redact_file(text, path.suffix), mimetype=kind)
         else:
             answer = send_file(path, mimetype=kind or "application/octet-stream")
-        answer.headers["Content-Security-Policy"] = _FILE
-        return answer
+        return _file(answer, path)
+
+
+def _inside(root: Path, path: Path) -> Path | None:
+    """Where a path leads, links followed; None where that is outside of the folder, or nowhere."""
+    try:
+        found = path.resolve()
+    except (OSError, RuntimeError, ValueError):  # links in a circle, or no name of a file at all
+        return None
+    return found if found.is_relative_to(root) else None
+
+
+def _file(answer: Response, path: Path) -> Response:
+    plots = path.name == "report.html" and (path.parent / "study.json").is_file()
+    answer.headers["Content-Security-Policy"] = _PLOTS if plots else _FILE
+    return answer
 
 
 def _size(size: float) -> str:

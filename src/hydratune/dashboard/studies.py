@@ -7,7 +7,9 @@ that leads to its run; both are made up when they are read, so that nothing is w
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import re
 import threading
@@ -24,9 +26,9 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from hydratune.dashboard import places as on_disk
+from hydratune.dashboard.drawn import drawn
 from hydratune.dashboard.places import Place
-from hydratune.errors import UserError
-from hydratune.report import write_report
+from hydratune.dashboard.questions import PATIENCE, NoAnswer, Question
 from hydratune.runs import find_studies
 from hydratune.sweep.storage import open_storage
 
@@ -50,6 +52,7 @@ class Studies(BaseStorage):
         self._home = home
         self._places: dict[Path, Place] = {}
         self._lock, self._looked = threading.RLock(), float("-inf")
+        self._opening: dict[Path, Question] = {}
         self.unreadable: dict[Path, str] = {}
 
     def places(self) -> list[Place]:
@@ -65,23 +68,42 @@ class Studies(BaseStorage):
         for folder, place in list(self._places.items()):
             if folder not in found or place.uid != on_disk.uid(folder):
                 del self._places[folder]
-        for folder in sorted(set(found) - set(self._places), key=on_disk.age):
+        for folder in set(self.unreadable) - set(found):
+            del self.unreadable[folder]
+            self._opening.pop(folder, None)
+        new = sorted(set(found) - set(self._places), key=on_disk.age)
+        end = time.monotonic() + PATIENCE  # of all together: each is opened in a thread of its own
+        for folder in new:
+            self._begin(folder)
+        for folder in new:
+            # what did not open before is looked for again, but not waited for
+            left = 0.0 if folder in self.unreadable else max(0.0, end - time.monotonic())
             try:
-                self._open(folder)
+                self._open(folder, left)
                 self.unreadable.pop(folder, None)
-            except (UserError, KeyError, ValueError, OSError) as error:
-                self.unreadable[folder] = str(error.args[0] if error.args else error).splitlines()[0]
+            except NoAnswer as error:
+                self.unreadable.setdefault(folder, str(error))  # what was wrong before tells more
+            except Exception as error:  # of a driver, many kinds
+                self._opening.pop(folder, None)
+                text = str(error.args[0] if error.args else error) or type(error).__name__
+                self.unreadable[folder] = text.splitlines()[0]
 
-    def _open(self, folder: Path) -> None:
-        storage = get_storage(open_storage(on_disk.where(folder), create=False))  # a database gets a cache
-        name, studies = on_disk.name(folder), storage.get_all_studies()
-        mine = [s for s in studies if s.study_name == name] or (studies if len(studies) == 1 else [])
-        if not mine:
-            raise KeyError(f"its storage holds no study {name!r}")
+    def _begin(self, folder: Path) -> None:
+        """Have a study on a server opened, which may take minutes."""
+        with contextlib.suppress(KeyError):  # told by `_open`
+            if folder not in self._opening and on_disk.is_remote(on_disk.where(folder)):
+                self._opening[folder] = Question(lambda: _storage(folder))
+
+    def _open(self, folder: Path, seconds: float) -> None:
+        question = self._opening.get(folder)
+        storage, study = question.answer(seconds) if question else _storage(folder)
+        self._opening.pop(folder, None)
+        name = on_disk.name(folder)
         taken = {place.name for place in self._places.values()}
         shown = f"{name} ({folder.relative_to(self._home)})" if name in taken else name
         number = 1 + max((place.number for place in self._places.values()), default=0)
-        self._places[folder] = Place(folder, number, shown, on_disk.uid(folder), storage, mine[0]._study_id)
+        remote = question is not None
+        self._places[folder] = Place(folder, number, shown, on_disk.uid(folder), storage, study, remote)
 
     def _place(self, study_id: int) -> Place:
         for place in self.places():
@@ -96,7 +118,7 @@ class Studies(BaseStorage):
         """Trials with their ids here and their artifacts; those that have ended are copied once."""
         with place.lock:
             result = []
-            for trial in place.storage.get_all_trials(place.study, deepcopy=False):
+            for trial in place.ask("get_all_trials", place.study, deepcopy=False):
                 if trial.number in place.finished:
                     result.append(place.finished[trial.number])
                     continue
@@ -121,7 +143,7 @@ class Studies(BaseStorage):
 
     def _attributes(self, place: Place, attributes: dict[str, Any]) -> dict[str, Any]:
         """A study's attributes with the trials' ids here, and a note for each trial that has none."""
-        ids = {t._trial_id: t.number for t in place.storage.get_all_trials(place.study, deepcopy=False)}
+        ids = {t._trial_id: t.number for t in place.ask("get_all_trials", place.study, deepcopy=False)}
         result = {
             _with_trial(key, lambda i: place.number * TRIALS + ids.get(i, i)): value
             for key, value in attributes.items()
@@ -162,7 +184,7 @@ class Studies(BaseStorage):
         for place in self.places():
             try:
                 with place.lock:
-                    (study,) = [s for s in place.storage.get_all_studies() if s._study_id == place.study]
+                    (study,) = [s for s in place.ask("get_all_studies") if s._study_id == place.study]
                     study = copy.copy(study)
                     study.study_name, study._study_id = place.name, place.number
                     study.system_attrs = self._attributes(place, study.system_attrs)
@@ -185,17 +207,17 @@ class Studies(BaseStorage):
     def get_study_directions(self, study_id: int) -> list[StudyDirection]:
         place = self._place(study_id)
         with place.lock:
-            return place.storage.get_study_directions(place.study)
+            return place.ask("get_study_directions", place.study)
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
         place = self._place(study_id)
         with place.lock:
-            return place.storage.get_study_user_attrs(place.study)
+            return place.ask("get_study_user_attrs", place.study)
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
         place = self._place(study_id)
         with place.lock:
-            return self._attributes(place, place.storage.get_study_system_attrs(place.study))
+            return self._attributes(place, place.ask("get_study_system_attrs", place.study))
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
@@ -217,9 +239,9 @@ class Studies(BaseStorage):
         if not re.fullmatch(r"dashboard:(\d+:)?note_(ver|str:\d+)", key):
             raise ReadOnly(key)
         with place.lock:
-            own = {t.number: t._trial_id for t in place.storage.get_all_trials(place.study, deepcopy=False)}
-            place.storage.set_study_system_attr(
-                place.study, _with_trial(key, lambda i: own[i % TRIALS]), value
+            own = {t.number: t._trial_id for t in place.ask("get_all_trials", place.study, deepcopy=False)}
+            place.ask(
+                "set_study_system_attr", place.study, _with_trial(key, lambda i: own[i % TRIALS]), value
             )
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
@@ -266,17 +288,34 @@ class Curves:
         study, _, number = artifact_id.partition("-")
         try:
             run = self._studies.folder(int(study, 16)) / str(int(number, 16))
-            if not (run / "curves.png").is_file():
-                write_report(run)
-            return (run / "curves.png").open("rb")
+            if (run / "curves.png").is_file():
+                return (run / "curves.png").open("rb")
+            content = drawn(run / "curves.png")
         except (KeyError, ValueError, OSError) as error:
             raise ArtifactNotFound(artifact_id) from error
+        if content is None:
+            raise ArtifactNotFound(artifact_id)
+        return io.BytesIO(content)
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         raise ReadOnly("write")
 
     def remove(self, artifact_id: str) -> None:
         raise ReadOnly("remove")
+
+
+def _storage(folder: Path) -> tuple[BaseStorage, int]:
+    """Where a study is kept, and its id there; a database gets a cache.
+
+    Raises:
+        Exception: it does not open, or does not hold the study.
+    """
+    storage = get_storage(open_storage(on_disk.where(folder), create=False))
+    name, studies = on_disk.name(folder), storage.get_all_studies()
+    mine = [s for s in studies if s.study_name == name] or (studies if len(studies) == 1 else [])
+    if not mine:
+        raise KeyError(f"its storage holds no study {name!r}")
+    return storage, mine[0]._study_id
 
 
 def _with_trial(key: str, number: Callable[[int], int]) -> str:

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import yaml
 
 from hydratune.sweep.job import Command, Job
 from hydratune.sweep.study import Record, Study
+from hydratune.whole import write_whole
 
 FILE = "study.json"
 _NOT_KEPT = ("output_dir", "resume", "run_name", "check", "sweep")  # of a trial's config, in best.yaml
@@ -58,7 +58,7 @@ class Exporter:
         self, trials: Sequence[Record], front: Sequence[Record], importance: dict[str, float] | None = None
     ) -> None:
         directory, config = self._directory, self._study.config
-        whole(directory / "trials.csv", table(trials, config.objectives))
+        write_whole(directory / "trials.csv", table(trials, config.objectives))
         facts = {
             "name": config.name,
             "objectives": list(config.objectives),
@@ -72,15 +72,15 @@ class Exporter:
             "commands": {r.number: self._task.line(r.settings) for r in trials if self._task and r.settings},
             "trials": [asdict(r) for r in trials],
         }
-        whole(directory / FILE, json.dumps(facts))
+        write_whole(directory / FILE, json.dumps(facts))
         if front:
             self._write_best(front)
-        whole(directory / "study.md", summary(facts, trials, front))
+        write_whole(directory / "study.md", summary(facts, trials, front))
 
     def _write_best(self, front: Sequence[Record]) -> None:
         best = front[0]
         if self._task is None:
-            whole(self._directory / "best.yaml", yaml.safe_dump(best.settings, sort_keys=False))
+            write_whole(self._directory / "best.yaml", yaml.safe_dump(best.settings, sort_keys=False))
             return
         others = "".join(
             f"# also on the Pareto front, {r.number}: {self._task.line(r.settings)}\n" for r in front[1:]
@@ -94,7 +94,7 @@ class Exporter:
             resolved = yaml.safe_load((trial / "config.yaml").read_text(encoding="utf-8"))
             chosen = yaml.safe_load((trial / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))
             choices = chosen["hydra"]["runtime"]["choices"]
-            whole(
+            write_whole(
                 self._directory / "best.yaml",
                 composable(resolved, choices, f"trial {best.number} of {self._study.config.name}"),
             )
@@ -177,11 +177,5 @@ def summary(facts: dict[str, Any], trials: Sequence[Record], front: Sequence[Rec
 
 
 def _script(path: Path, text: str) -> None:
-    whole(path, text)
+    write_whole(path, text)
     path.chmod(0o755)
-
-
-def whole(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # of this process: several may serve one study
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -22,8 +22,8 @@ from markupsafe import Markup
 
 from hydratune.amounts import duration
 from hydratune.report import write_report
-from hydratune.sweep.export import whole
 from hydratune.tracking import read_metrics
+from hydratune.whole import write_whole
 
 _EVERY = 15.0  # seconds between drawings while the sweep runs
 _POINTS = 400  # of one curve
@@ -77,7 +77,7 @@ def draw_trials(directory: Path) -> None:
 def draw(directory: Path) -> None:
     """Write the study's page."""
     facts = json.loads((directory / "study.json").read_text(encoding="utf-8"))
-    whole(directory / "report.html", page(directory, facts))
+    write_whole(directory / "report.html", page(directory, facts))
 
 
 def page(directory: Path, facts: dict[str, Any]) -> str:
@@ -106,6 +106,7 @@ def page(directory: Path, facts: dict[str, Any]) -> str:
         figures=[(i, title, Markup(text)) for i, (title, text) in enumerate(figures)],
         script=Markup(plotly.offline.get_plotlyjs()),
         has_page={t["number"] for t in trials if (directory / str(t["number"]) / "report.html").is_file()},
+        colours=_COLOURS,
         now=time.strftime("%Y-%m-%d %H:%M"),
     )
 
@@ -123,11 +124,25 @@ def _json(figure: Any) -> str:
         if bar and trace.customdata is not None and trace.mode == "lines":  # of the parallel coordinates
             place = 1 - trace.y[0] if bar[0].marker.reversescale else trace.y[0]
             trace.line.color, trace.line.width, trace.opacity = sample_colorscale(_SCALE, place)[0], 2, 0.8
-        elif trace.type == "bar" and trace.name in _STATES:
-            trace.marker.color = _STATES[trace.name]
+        elif trace.type == "bar":
+            trace.marker.color = _STATES.get(trace.name, _COLOURS[0])
+            if trace.name not in _STATES:  # of the importance, where the labels say what they are
+                figure.layout.yaxis.title = None
         elif getattr(getattr(trace, "marker", None), "colorscale", None):
             trace.marker.colorscale, trace.marker.line.width = _SCALE, 0
-    return figure.to_json().replace("</", "<\\/")  # no text of a user's may end the script
+        if trace.x is not None and all(isinstance(x, str) for x in trace.x):
+            trace.x = [_bare(x) for x in trace.x]
+    for axis in figure.select_xaxes():
+        if axis.categoryarray is not None:
+            axis.categoryarray = [_bare(x) for x in axis.categoryarray]
+    return figure.to_json().replace(
+        "<", "\\u003c"
+    )  # no text of a user's may end the script, or begin a comment in it
+
+
+def _bare(text: str) -> str:
+    """An entry of a category without the quotes that Optuna's slices put around it."""
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
 def _states(trials: list[dict[str, Any]]) -> dict[str, int]:
@@ -265,7 +280,8 @@ def _curves(directory: Path, facts: dict[str, Any]) -> list[tuple[str, Any]]:
     import plotly.graph_objects as go
 
     metric = facts["objectives"][0].partition(":")[0]
-    wanted = {"loss": "Training loss", "eval_loss": "Evaluation loss", metric: metric}
+    wanted = {"loss": "Training loss", "eval_loss": "Evaluation loss"}
+    wanted.setdefault(metric, metric)
     events = {t["number"]: read_metrics(directory / str(t["number"])) for t in facts["trials"]}
     found = []
     for key, title in wanted.items():

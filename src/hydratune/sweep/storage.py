@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -44,10 +45,11 @@ class _KernelLock:
 
 
 class _Journal(JournalFileBackend):
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, create: bool):
         self._kernel_lock = _KernelLock(path)
         super().__init__(path)
-        self.append_logs([])
+        if create:
+            self.append_logs([])
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs)
@@ -81,6 +83,9 @@ def is_url(storage: str) -> bool:
 def open_storage(storage: str, *, create: bool = True) -> BaseStorage:
     """A journal file or a database.
 
+    Args:
+        create: make it when it is not there, and see that it can be written; else it may be read-only.
+
     Raises:
         UserError: it cannot be opened, or its driver is not installed.
     """
@@ -92,8 +97,9 @@ def open_storage(storage: str, *, create: bool = True) -> BaseStorage:
     if not is_url(storage):
         path = Path(storage).expanduser()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            return JournalStorage(_Journal(str(path)))
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            return JournalStorage(_Journal(str(path), create=create))
         except OSError as error:
             why = f"the journal cannot be written ({error.strerror})"
             raise UserError(
@@ -115,13 +121,15 @@ def open_storage(storage: str, *, create: bool = True) -> BaseStorage:
     raise AssertionError("unreachable")
 
 
-def _why_not(error: Exception) -> tuple[str, str]:
+def _why_not(error: BaseException) -> tuple[str, str]:
     if isinstance(error, ImportError):
         return (
             "its driver is not installed",
             "pip install 'hydratune[postgres]', or the driver that the URL names",
         )
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    error = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+    error = getattr(error, "orig", None) or error  # what the driver said, not Optuna's guess at it
+    first = hide_password(str(error).strip() or type(error).__name__).splitlines()[0]
     return (
         f"the database does not open ({first})",
         "check that it runs and that the URL's user, password and name are right",
