@@ -2,73 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
-import pty
 import re
-import select
 import signal
-import struct
 import subprocess
 import sys
-import termios
-import time
-from contextlib import suppress
-from fcntl import ioctl
 from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, greedy, run
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from typer.testing import CliRunner
 
-from hydratune.cli import app
 from hydratune.commands.doctor import packages
 from hydratune.commands.evaluation import mean, win_rate
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = str(Path(sys.executable).parent / "hydratune")
 COMMANDS = ["runs", "compare", "chat", "generate", "eval", "export", "merge", "doctor"]
-_spec = importlib.util.spec_from_file_location("train_for_commands", ROOT / "train.py")
-train = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train)
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    """Four runs: a whole model that is sometimes right, an adapter, a reward model, and one of DPO with a reference."""
-    home = tmp_path_factory.mktemp("outputs")
-    before, os.environ["HYDRATUNE_CACHE"] = os.environ.get("HYDRATUNE_CACHE"), str(home.parent / "cache")
-    common = ["tracking=none", "data.size=160", "data.eval_fraction=0.4", "batch_size=16", "lr=2e-3"]
-    runs = {
-        "whole": [
-            "max_steps=30",
-            "trainer.logging_steps=10",
-            "tracking.samples=2",
-            "tracking.sample_tokens=12",
-        ],
-        "adapter": ["peft=lora", "max_steps=4", "lr=0.02", "tracking.samples=0"],
-        "judge": ["algo=reward", "max_steps=3", "peft=lora"],
-        "preference": ["algo=dpo", "max_steps=3", "tracking.samples=0"],
-    }
-    for name, own in runs.items():
-        assert train.main([*common, *own, f"output_dir={home / name}"]) == 0
-    os.environ.pop("HYDRATUNE_CACHE") if before is None else os.environ.update(HYDRATUNE_CACHE=before)
-    return home
 
 
 def summary(home, name):
     return json.loads((home / name / "summary.json").read_text())
-
-
-def run(*arguments, code=0, stdin=None):
-    """Output of a command in this process, and what it says on the side."""
-    done = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
-    assert done.exit_code == code, (done.output, done.exception)
-    return done.stdout, done.stderr
 
 
 def given(home, name, *arguments, **kwargs):
@@ -81,12 +38,13 @@ def given(home, name, *arguments, **kwargs):
 
 def test_runs_lists_what_was_trained_the_newest_first(home):
     out, _ = run("runs", "--home", home)
-    assert out.splitlines()[-1] == "4 runs"
-    assert [line.split()[1] for line in out.splitlines()[1:5]] == ["preference", "judge", "adapter", "whole"]
+    assert out.splitlines()[-1] == "5 runs"
+    names = [line.split()[1] for line in out.splitlines()[1:6]]
+    assert names == ["preference", "judge", "online", "adapter", "whole"]
     assert "\x1b" not in out and not any(line.endswith(" ") for line in out.splitlines())
     out, _ = run("runs", "--home", home, "algo=sft", "lr<0.01", "--columns", "peft,eval_loss")
     header, line, count = out.splitlines()
-    assert header.split()[:5] == ["status", "name", "algo", "peft", "eval_loss"] and count == "1 of 4 runs"
+    assert header.split()[:5] == ["status", "name", "algo", "peft", "eval_loss"] and count == "1 of 5 runs"
     assert line.split()[:4] == ["completed", "whole", "sft", "none"]
 
 
@@ -216,15 +174,6 @@ def test_what_eval_prints_has_its_numbers(home):
 # ------------------------------------------------------------------ generate
 
 
-def greedy(folder, messages, tokens):
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    made = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
-    return tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
 def test_generate_completes_rows_and_keeps_their_columns(home, tmp_path):
     asked = [{"role": "user", "content": "What is 3 + 4?"}]
     rows = [
@@ -329,124 +278,6 @@ def test_a_push_makes_a_private_repository_of_the_folder(home, tmp_path, monkeyp
         tmp_path / "model"
     )
     assert "https://hub/me/it" in out and "secret" not in out
-
-
-# ------------------------------------------------------------------ chat
-
-
-class Terminal:
-    """A command in a pseudo-terminal."""
-
-    def __init__(self, *command, width=100):
-        self.pid, self.fd = pty.fork()
-        if not self.pid:
-            os.environ.update(TERM="xterm-256color", COLUMNS=str(width))
-            os.execv(command[0], [str(c) for c in command])
-        ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
-        self._bytes, self._seen = b"", 0
-
-    @property
-    def shown(self):
-        return self._bytes.decode(errors="replace")
-
-    def wait_for(self, text, seconds=90):
-        """What was shown since the last such text, up to this one."""
-        end = time.monotonic() + seconds
-        while (at := self._bytes.find(text.encode(), self._seen)) < 0:
-            assert time.monotonic() < end, f"no {text!r} in {self._bytes[self._seen :]!r}"
-            if select.select([self.fd], [], [], 0.2)[0]:
-                self._bytes += os.read(self.fd, 65536)
-        start, self._seen = self._seen, at + len(text.encode())
-        return self._bytes[start : self._seen].decode(errors="replace")
-
-    def type(self, text):
-        os.write(self.fd, text.encode())
-
-    def press(self, key, text):
-        """Presses a key until it is heard: readline misses one that comes between its prompt and its wait for input."""
-        for _ in range(12):
-            self.type(key)
-            with suppress(AssertionError):
-                return self.wait_for(text, seconds=5)
-        return self.wait_for(text)
-
-    def end(self, seconds=60):
-        """The exit code, once everything was shown."""
-        end = time.monotonic() + seconds
-        while True:
-            if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
-            if not select.select([self.fd], [], [], 0.2)[0]:
-                continue
-            try:
-                if not (data := os.read(self.fd, 65536)):
-                    break
-            except OSError:  # so Linux tells that the other side is closed
-                break
-            self._bytes += data
-        os.close(self.fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-@pytest.mark.parametrize("width", [60, 120])
-def test_chat_in_a_terminal(home, width):
-    """Answers of both models, a conversation begun anew, an answer stopped by Ctrl-C, and the end by Ctrl-D."""
-    command = [
-        PROGRAM,
-        "chat",
-        home / "adapter",
-        "--max-new-tokens",
-        "400",
-        "--temperature",
-        "1",
-        "--seed",
-        "1",
-    ]
-    terminal = Terminal(*command, width=width)
-    assert "base: random weights" in terminal.wait_for("you ›")
-    for _ in range(10):  # an answer may end before the Ctrl-C comes
-        terminal.type("What is 1 + 1?\n")
-        terminal.wait_for("tuned")
-        terminal.wait_for("base")
-        terminal.type("\x03")
-        if "(stopped)" in terminal.wait_for("you ›"):
-            break
-    assert "(stopped)" in terminal.shown
-    terminal.type("/reset\n")
-    terminal.wait_for("begun anew")
-    terminal.wait_for("you ›")
-    terminal.type("/what\n")
-    terminal.wait_for("there is no /what")
-    terminal.wait_for("you ›")
-    terminal.press("\x03", "Ctrl-D ends")
-    terminal.wait_for("you ›")  # before that, a Ctrl-D is the line discipline's, not ours
-    terminal.type("\x04")
-    assert terminal.end() == 0
-    assert "Traceback" not in terminal.shown and "error" not in terminal.shown
-
-
-def test_chat_on_a_pipe_prints_plain_answers(home):
-    question = "What is 3 + 4?"
-    done = [
-        run("chat", home / "whole", "--temperature", 0, "--max-new-tokens", 12, stdin=text)
-        for text in (f"{question}\n", f"{question}\n{question}\n/reset\n{question}\n/exit\nno\n")
-    ]
-    answer = greedy(home / "whole" / "model", [{"role": "user", "content": question}], 12)
-    assert "\n".join(done[0][0].splitlines()) == answer and "\x1b" not in done[0][0]
-    assert "trained from random weights" in done[0][1]
-    first = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    second = greedy(home / "whole" / "model", [*first, {"role": "user", "content": question}], 12)
-    assert done[1][0] == f"{answer}\n{second}\n{answer}\n"
-
-
-def test_chat_keeps_two_conversations(home):
-    lines = "What is 3 + 4?\nWhat is 3 + 4?\n"
-    flags = ["--temperature", 0, "--max-new-tokens", 6]
-    both, _ = run("chat", home / "adapter", *flags, stdin=lines)
-    alone, _ = run("chat", home / "adapter", *flags, "--no-base", stdin=lines)
-    tuned = [line.removeprefix("tuned: ") for line in both.splitlines() if line.startswith("tuned: ")]
-    assert len(tuned) == 2 and "base: " in both
-    assert tuned == [line for line in alone.splitlines() if line in tuned]
 
 
 # ------------------------------------------------------------------ doctor
