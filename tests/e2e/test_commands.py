@@ -110,9 +110,9 @@ def test_eval_gives_the_runs_own_numbers(home):
     assert right["standard_error"] == pytest.approx(math.sqrt(p * (1 - p) / 63))
 
 
-@pytest.mark.parametrize("name", ["adapter", "judge", "preference"])
+@pytest.mark.parametrize("name", ["adapter", "judge", "preference", "online"])
 def test_eval_gives_every_metric_of_the_runs_own_evaluation(home, name):
-    """Of an adapter on its base, of a score head, and of a policy against the model that it started from."""
+    """Of an adapter on its base, of a score head, of a policy against the model that it started from, and of one of GRPO."""
     found, final = (
         given(home, name, "eval", "--completions", 0)["metrics"],
         summary(home, name)["metrics"]["final"],
@@ -123,22 +123,28 @@ def test_eval_gives_every_metric_of_the_runs_own_evaluation(home, name):
 
 
 def test_eval_of_a_file_is_the_loss_of_all_its_rows(home, tmp_path):
-    """Held against plain transformers: −log p of every token after the first, by the number of such tokens."""
+    """Held against plain transformers, a row at a time: −log p of every token after the first, by the number of such tokens."""
     rows = [f"What is {a} + 1?" for a in (1, 12, 123)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
-    found = given(home, "whole", "eval", f"data.path={file}")
-    assert (found["rows"], found["of"]) == (3, f"all of {file}")
     model = AutoModelForCausalLM.from_pretrained(home / "whole" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(home / "whole" / "model")
-    total = count = 0
+    sums, counts = [], []
     for text in rows:
         ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
         with torch.no_grad():
-            total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
-    assert found["metrics"]["loss"] == pytest.approx(total / count, rel=1e-5)
-    assert "verified_accuracy" not in found
+            sums.append(model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1))
+        counts.append(ids.shape[1] - 1)
+    loss = sum(sums) / sum(counts)
+    apart = sum((s - loss * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    error = math.sqrt(apart * 3 / 2) / sum(counts)  # of a ratio, rows independent
+    for size in (1, 3):
+        found = given(home, "whole", "eval", f"data.path={file}", "--batch-size", size)
+        assert (found["rows"], found["of"]) == (3, f"all of {file}")
+        assert found["metrics"]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert found["standard_errors"]["loss"] == pytest.approx(error, rel=1e-4)
+        assert found["standard_errors"]["perplexity"] == pytest.approx(error * math.exp(loss), rel=1e-4)
+        assert "verified_accuracy" not in found
 
 
 def test_a_reward_model_judges_a_run_against_another(home):
@@ -167,8 +173,32 @@ def test_win_rates_and_errors_are_the_textbooks():
 def test_what_eval_prints_has_its_numbers(home):
     out, _ = run("eval", home / "whole")
     final = summary(home, "whole")["metrics"]["final"]
-    assert f"{final['eval_loss']:.4f}" in out and "64, held out of arithmetic" in out
+    assert f"{final['eval_loss']:.4f} ± 0." in out and "64, held out of arithmetic" in out
     assert f"{final['verified_accuracy']:.1%} ±" in out
+
+
+def test_eval_tells_sampled_answers_of_an_online_run_from_greedy_ones(home):
+    found, final = given(home, "online", "eval"), summary(home, "online")["metrics"]["final"]
+    sampled, greedy = found["metrics"]["verified_accuracy"], found["verified_accuracy"]["mean"]
+    assert sampled == final["eval_verified_accuracy"] and greedy == final["verified_accuracy"]
+    error = found["standard_errors"]["verified_accuracy"]  # of 64 answers that are right or wrong
+    assert error == pytest.approx(math.sqrt(sampled * (1 - sampled) / 63))
+    lines = [re.split(r"  +", line) for line in run("eval", home / "online")[0].splitlines()]
+    names = [line[0] for line in lines]
+    assert len(names) == len({*names})
+    shown = {line[0]: line[-1] for line in lines}
+    assert shown["verified answers, sampled"] == f"{sampled:.1%} ± {error:.1%}"
+    assert shown["verified answers, greedy"].startswith(f"{greedy:.1%} ± ")
+    assert shown["mean reward, sampled"].startswith(f"{final['eval_reward']:.4f} ± ")
+
+
+def test_errors_of_pairs_are_those_of_their_mean(home):
+    """Of a share p of n pairs: √(p (1 − p) / (n − 1))."""
+    for name, key in (("judge", "accuracy"), ("preference", "rewards/accuracies")):
+        found = given(home, name, "eval", "--completions", 0)
+        p, pairs = found["metrics"][key], found["rows"]
+        assert found["standard_errors"][key] == pytest.approx(math.sqrt(p * (1 - p) / (pairs - 1)))
+        assert 0 < found["standard_errors"]["loss"] < 1
 
 
 # ------------------------------------------------------------------ generate

@@ -430,7 +430,7 @@ class BaseTrainer(transformers.Trainer):
     def evaluation_loop(self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
                         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> Any:  # fmt: skip
         with self._not_training():
-            self.meters["eval"] = Meter()
+            self.meters["eval"] = Meter(by_row=True)
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
