@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, greedy, run
+from fake_vllm import FakeVLLM
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from hydratune.commands import doctor
 from hydratune.commands.doctor import packages
 from hydratune.commands.evaluation import mean, win_rate
 
@@ -350,6 +352,35 @@ def test_doctor_ends_with_1_where_training_cannot_work(monkeypatch):
     )
     assert found["transformers"].level == "bad" and found["peft"].level == "ok"
     assert "cannot work here" in run("doctor", code=1)[0]
+
+
+def test_doctor_prints_what_it_knows_before_it_imports_torch(monkeypatch):
+    order = []
+    real = doctor.devices
+    monkeypatch.setattr("hydratune.terminal.say", lambda console, text: order.append(str(text).strip()))
+    monkeypatch.setattr(doctor, "devices", lambda: [order.append("(imports)"), *real()][1:])
+    run("doctor")
+    assert order[0] == "packages" and order.index("optional packages") < order.index("(imports)")
+    assert order[order.index("(imports)") - 1] == "devices" and order[-1] == "training works here"
+
+
+def test_doctor_asks_a_vllm_server(home):
+    def row(*arguments):
+        found = json.loads(run("doctor", "--json", *arguments)[0])["completions of PPO and GRPO"]
+        return found[1]["level"], found[1]["says"], found[1]["fix"]
+
+    level, says, fix = row()
+    assert level == "note" and "vllm" in says and "pip install vllm" in fix and "vllm serve MODEL" in fix
+    fake = FakeVLLM(home / "whole" / "model", name="mine", routes=("/collective_rpc",))
+    with fake.listening() as url:
+        level, says, fix = row("--vllm-server", url)
+        assert (level, says) == ("ok", "serves mine, takes whole weights") and "--enable-lora" in fix
+        fake.routes = {"/v1/completions"}
+        level, says, fix = row("--vllm-server", url)
+        assert level == "bad" and "takes no weights" in says and "VLLM_SERVER_DEV_MODE=1" in fix
+    level, says, fix = row("--vllm-server", url)
+    assert level == "bad" and "nothing answers there" in says and "vllm serve" in fix
+    assert "http://HOST:PORT" in run("doctor", "--vllm-server", "localhost", code=2)[1]
 
 
 # ------------------------------------------------------------------ wrong input, help, completion
