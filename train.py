@@ -23,6 +23,7 @@ from hydratune.command import (
     kept_search,
     resumed,
     rewrite,
+    settings_of,
     with_kept_search,
 )
 
@@ -105,17 +106,12 @@ def message(error: BaseException) -> str:
 
 def warm(argv: list[str]) -> None:
     """Hold the data and the weights of a command line's run in this process, for the trials forked from it."""
-    from hydra import compose, initialize_config_dir
-
-    from hydratune.config import parse
     from hydratune.run import warm
 
-    _register_resolvers({})
     if any(a.startswith("-") for a in argv):
         return  # a config of another folder: its trials prepare for themselves
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=rewrite(argv), return_hydra_config=True)
-    warm(parse(cfg, choices=dict(cfg.hydra.runtime.choices), overrides=argv, conf=CONF))
+    _register_resolvers({})
+    warm(settings_of(argv))
 
 
 def help_text() -> str:
