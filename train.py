@@ -25,6 +25,7 @@ from hydratune.command import (
     rewrite,
     settings_of,
     with_kept_search,
+    without_secrets,
 )
 
 _NO_WARM_START = ("check", "sweep.executor", "sweep.fork", "hydra/sweeper", "hydra/launcher")
@@ -139,6 +140,7 @@ def _hydra(typed: list[str], shown: list[str], *, checked: bool = False) -> Any:
     from hydratune.sweep.executors import ForkExecutor
 
     absent: dict[Path, list[Path]] = {}
+    typed = without_secrets(typed)
     _register_resolvers(absent)
     args = arguments(typed)
     overrides = rewrite(with_kept_search(args.overrides))
