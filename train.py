@@ -63,6 +63,8 @@ Exit codes: 0 done, 2 config or data is wrong, 3 training failed, 4 pruned by it
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: that of the process); returns the exit code."""
     typed = sys.argv[1:] if argv is None else argv
+    # read when torch is imported: threads that spin while they wait cost a shared CPU many times what they save
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "--help" in typed or "-h" in typed:
         print(help_text())
         return 0
