@@ -24,7 +24,9 @@ from hydratune.command import (
     kept_search,
     resumed,
     rewrite,
+    settings_of,
     with_kept_search,
+    without_secrets,
 )
 
 _NO_WARM_START = ("check", "sweep.executor", "sweep.fork", "hydra/sweeper", "hydra/launcher")
@@ -63,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: that of the process); returns the exit code."""
     began = time.perf_counter()
     typed = sys.argv[1:] if argv is None else argv
+    # read when torch is imported: threads that spin while they wait cost a shared CPU many times what they save
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "--help" in typed or "-h" in typed:
         print(help_text())
         return 0
@@ -107,17 +111,12 @@ def message(error: BaseException) -> str:
 
 def warm(argv: list[str]) -> None:
     """Hold the data and the weights of a command line's run in this process, for the trials forked from it."""
-    from hydra import compose, initialize_config_dir
-
-    from hydratune.config import parse
     from hydratune.run import warm
 
-    _register_resolvers({})
     if any(a.startswith("-") for a in argv):
         return  # a config of another folder: its trials prepare for themselves
-    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
-        cfg = compose("train", overrides=rewrite(argv), return_hydra_config=True)
-    warm(parse(cfg, choices=dict(cfg.hydra.runtime.choices), overrides=argv, conf=CONF))
+    _register_resolvers({})
+    warm(settings_of(argv))
 
 
 def help_text() -> str:
@@ -145,6 +144,7 @@ def _hydra(typed: list[str], shown: list[str], began: float, *, checked: bool = 
     from hydratune.sweep.executors import ForkExecutor
 
     absent: dict[Path, list[Path]] = {}
+    typed = without_secrets(typed)
     _register_resolvers(absent)
     args = arguments(typed)
     overrides = rewrite(with_kept_search(args.overrides))

@@ -12,6 +12,8 @@ import yaml
 from hydratune.amounts import amount, duration
 from hydratune.objective import REWARD_ACCURACY, REWARDS
 
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
 
 def facts_of(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """What a run's results and costs are, in words: for the table at its end and for the card."""
@@ -41,19 +43,78 @@ def facts_of(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def origin(name_or_path: str | None) -> dict[str, str | None] | None:
+    """What a run started from, in words that still hold when folders are moved or pushed.
+
+    Args:
+        name_or_path: of the base: a hub id, or a directory as seen from here.
+
+    Returns:
+        Its `name` (of a run's model, the run's) and its `hub` id: its own, or that of what it was itself trained from; None
+        when no hub has it. None for random weights.
+    """
+    if not name_or_path:
+        return None
+    path = Path(name_or_path).expanduser()
+    if _is_hub_id(name_or_path):
+        return {"name": name_or_path, "hub": name_or_path}
+    if not path.is_dir():
+        return {"name": _told(path), "hub": None}
+    path = path.absolute()
+    run = next((p for p in (path, *path.parents[:3]) if (p / "summary.json").is_file()), None)
+    if run is None:
+        return {"name": _told(path), "hub": _base_in(path / "README.md")}
+    summary, config = _loaded(run / "summary.json"), _loaded(run / "config.yaml")
+    named = (config.get("model") or {}).get("name_or_path") or ""
+    before = (summary.get("base") or {}).get("hub") or (named if _is_hub_id(named) else None)
+    return {"name": str(summary.get("run_name") or run.name), "hub": before}
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name)) and not Path(name).is_dir()
+
+
+def _told(path: Path) -> str:
+    return path.parent.name if path.name == "model" else path.name
+
+
+def _loaded(file: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))  # which reads JSON too
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _base_in(card: Path) -> str | None:
+    """The hub id of the base that a model card names, the first of several."""
+    try:
+        parts = card.read_text(encoding="utf-8").split("---\n")
+        front = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0] else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    named = front.get("base_model") if isinstance(front, dict) else None
+    named = next(iter(named), None) if isinstance(named, list) else named
+    return named if isinstance(named, str) and _is_hub_id(named) else None
+
+
 def write_card(model_dir: Path, out_dir: Path) -> None:
     """Write README.md beside the weights, from summary.json and config.yaml of the run."""
     summary = json.loads((out_dir / "summary.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((out_dir / "config.yaml").read_text(encoding="utf-8")) or {}
     adapter = (model_dir / "adapter_config.json").is_file()
-    base = (config.get("model") or {}).get("name_or_path")
+    named = (config.get("model") or {}).get("name_or_path")
+    base = summary["base"] if "base" in summary else origin(named)  # as it was when the run ended
     front: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "tags": ["hydratune", summary["algo"]],
     }
-    if base and not Path(base).is_absolute() and not Path(base).exists():
-        front["base_model"] = base  # a hub id; a local directory means nothing to a reader
-    shown = base if base is None or "base_model" in front else Path(base).name
+    shown = "A model with random weights"
+    if base:
+        shown, hub = str(base["name"]), base["hub"]
+        if hub:
+            front["base_model"] = hub  # a local directory means nothing to a reader
+            shown += f" (from {hub})" * (hub != shown)
     results = [f"| {name} | {text} |" for name, text in facts_of(summary)]
     chosen = {**(config.get("trainer") or {}), **(config.get("algo") or {}), **(config.get("peft") or {})}
     settings = [
@@ -69,7 +130,7 @@ def write_card(model_dir: Path, out_dir: Path) -> None:
 
 # {summary["run_name"]}
 
-{shown or "A model with random weights"} trained with `{summary["algo"]}` on `{summary["data"]}` (adapter: {summary["peft"]}), \
+{shown} trained with `{summary["algo"]}` on `{summary["data"]}` (adapter: {summary["peft"]}), \
 {summary["steps"]} steps, {summary["tokens"]} tokens, seed {summary["seed"]}, by hydratune.
 
 ```python

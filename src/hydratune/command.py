@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -86,6 +87,43 @@ def with_kept_search(overrides: list[str]) -> list[str]:
 def as_values(values: Any) -> str:
     """Values of a search's file in the grammar of the command line: a list stands for its items."""
     return ",".join(text(v) for v in values) if isinstance(values, list) else str(values)
+
+
+def without_secrets(typed: list[str]) -> list[str]:
+    """The words of a command line with each token or password in this process's environment, and its name in its place.
+
+    Whatever writes them down (Hydra, a study, command.sh) so holds no secret. Processes that are started from here inherit it;
+    one that comes later has to be told again, and is told so.
+
+    Raises:
+        UserError: a secret inside a list or a {…}, which has no place of its own.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    from hydratune.errors import UserError, Violation
+    from hydratune.secrets import hide_password, is_secret, names_variable, redact_override, variable_of
+
+    made = []
+    for word in typed:
+        key = _key(word)
+        if hide_password(word) == redact_override(word) or word.startswith("-") or names_variable(word):
+            made.append(word)
+            continue
+        try:
+            (parsed,) = OverridesParser.create().parse_overrides([word])
+        except OverrideParseException:  # which the checks tell
+            made.append(word)
+            continue
+        value = None if parsed.is_sweep_override() else parsed.value()
+        if not is_secret(key) or isinstance(value, list | dict) or value is None:
+            why = "holds a token or password among other values, where it would be written to disk"
+            fix = "give it by itself, KEY.token=…, or from the environment: '${oc.env:NAME}'"
+            raise UserError(Violation(key, "***", why, fix))
+        name = variable_of(key)
+        os.environ[name] = str(value)
+        made.append(f"{word.partition('=')[0]}=${{oc.env:{name}}}")
+    return made
 
 
 def rewrite(overrides: list[str]) -> list[str]:

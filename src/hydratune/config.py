@@ -27,6 +27,7 @@ from hydratune.options import (
     describe,
     options_of,
 )
+from hydratune.secrets import untold
 from hydratune.settings import DataSettings, ModelSettings, RunSettings, SweepSettings, TrackingSettings
 
 # In YAML: ${by_adapter:${peft.type},1e-6,1e-5}, the first value without an adapter and the second with one.
@@ -244,15 +245,9 @@ def _resolve(cfg: DictConfig) -> dict[str, Any]:
         own = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
         plain = OmegaConf.to_container(own, resolve=True)
     except OmegaConfBaseException as error:
-        why = str(error.msg or error).splitlines()[0]
-        raise UserError(
-            Violation(
-                str(error.full_key or "config"),
-                None,
-                why,
-                "name a key that exists, or write the value itself",
-            )
-        ) from error
+        why, key = str(error.msg or error).splitlines()[0], str(error.full_key or "config")
+        why, fix = untold(key, why) or (why, "name a key that exists, or write the value itself")
+        raise UserError(Violation(key, None, why, fix)) from error
     assert isinstance(plain, dict)
     return {str(k): v for k, v in plain.items()}
 

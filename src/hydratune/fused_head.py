@@ -25,9 +25,13 @@ _PROBE, _LOUD = 8, 40.0  # tokens, and the spread of their logits, of `is_exact`
 
 @dataclass
 class Stats:
-    """By-products over the labelled tokens, scalars on the device; entropy (nats) and hits only when asked for."""
+    """By-products over the labelled tokens: scalars on the device, and the log-prob of each, [N], without gradient.
+
+    Entropy (nats) and hits are there only when asked for.
+    """
 
     count: torch.Tensor
+    logps: torch.Tensor
     entropy_sum: torch.Tensor | None = None
     correct: torch.Tensor | None = None
 
@@ -43,10 +47,38 @@ def select(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, to
         rows [N, H] and targets [N].
     """
     length = labels.shape[1]
-    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    positions = (shifted != IGNORED).nonzero().squeeze(1)
+    shifted, positions = _labelled(labels)
     rows = hidden[:, -length:].reshape(-1, hidden.shape[-1])
     return rows.index_select(0, positions), shifted.index_select(0, positions)
+
+
+def _labelled(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels as what each position predicts, [B·T], and the positions [N] that predict a labelled token."""
+    shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    return shifted, (shifted != IGNORED).nonzero().squeeze(1)
+
+
+def by_document(
+    values: torch.Tensor, labels: torch.Tensor, boundaries: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums and numbers of what each labelled token gave, by the document that the token is of.
+
+    Args:
+        values: [N], in the order of `select`.
+        labels: unshifted, [B, T].
+        boundaries: [D + 1], where documents begin and end that are laid end to end in one row; None: a row is one.
+
+    Returns:
+        Sums and counts, [D] or [B], fp64.
+    """
+    _, positions = _labelled(labels)
+    if boundaries is None:
+        owner, many = positions // labels.shape[1], len(labels)
+    else:
+        owner, many = torch.bucketize(positions, boundaries[1:], right=True), len(boundaries) - 1
+    empty = torch.zeros(many, dtype=torch.float64, device=values.device)
+    values = values.double()
+    return empty.index_add(0, owner, values), empty.index_add(0, owner, torch.ones_like(values))
 
 
 def rows_at(states: torch.Tensor, length: int, positions: torch.Tensor) -> torch.Tensor:
@@ -78,11 +110,11 @@ def linear_cross_entropy(
         The summed loss, a scalar in fp32 (fp64 of fp64), differentiable once in rows, weight and bias; and `Stats`.
         Of no rows the loss is 0 and all gradients are zero.
     """
-    loss, _, found = token_losses(
+    loss, logps, found = token_losses(
         rows, weight, targets, lambda logps: token_loss(logps, loss_type).sum(), bias,
         softcap=softcap, stats=_WANTED if want_stats else (), chunk=chunk,
     )  # fmt: skip
-    return loss, _summed(found, targets)
+    return loss, _summed(found, logps)
 
 
 def cross_entropy(
@@ -90,14 +122,14 @@ def cross_entropy(
 ) -> tuple[torch.Tensor, Stats]:
     """The same from logits [N, V] that are there already: for heads that are not a plain linear layer."""
     logps, found = logps_of(logits, targets, _WANTED if want_stats else ())
-    return token_loss(logps, loss_type).sum(), _summed(found, targets)
+    return token_loss(logps, loss_type).sum(), _summed(found, logps.detach())
 
 
-def _summed(found: TokenStats, targets: torch.Tensor) -> Stats:
-    count = torch.tensor(len(targets), device=targets.device)
+def _summed(found: TokenStats, logps: torch.Tensor) -> Stats:
+    count = torch.tensor(len(logps), device=logps.device)
     if found.entropy is None or found.correct is None:
-        return Stats(count)
-    return Stats(count, found.entropy.sum(), found.correct.sum())
+        return Stats(count, logps)
+    return Stats(count, logps, found.entropy.sum(), found.correct.sum())
 
 
 def base_of(model: nn.Module) -> Any:

@@ -11,11 +11,30 @@ import torch
 
 
 class Meter:
-    """Weighted sums and extremes by name, on the device until `take` fetches them all at once."""
+    """Weighted sums and extremes by name, on the device until `take` fetches them all at once.
 
-    def __init__(self) -> None:
+    Args:
+        by_row: keep what `keep` is given: of an evaluation.
+    """
+
+    def __init__(self, *, by_row: bool = False) -> None:
         self._sums: dict[str, torch.Tensor] = {}
         self._most: dict[str, torch.Tensor] = {}
+        self._by_row = by_row
+        self._rows: dict[str, list[torch.Tensor]] = {}
+
+    def keep(self, name: str, totals: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """The parts of a weighted sum that each row gave, [N], with weights [N] or of 1: for its standard error."""
+        if self._by_row:
+            totals = totals.detach().double()
+            weights = torch.ones_like(totals) if weights is None else weights.detach().double()
+            self._rows.setdefault(name, []).append(torch.stack((totals, weights)))
+
+    def standard_errors(self) -> dict[str, float]:
+        """Of the means of what was kept in this process, by name; without those of fewer than two rows."""
+        rows = {name: torch.cat(parts, dim=1) for name, parts in self._rows.items()}
+        found = {name: error_of_ratio(*pair) for name, pair in rows.items()}
+        return {name: error for name, error in found.items() if error is not None}
 
     def add(self, name: str, total: torch.Tensor, weight: torch.Tensor | int = 1) -> None:
         """Add to a weighted sum; a plain number is filled in on the device, which does not wait for it."""
@@ -71,6 +90,26 @@ class Meter:
 
     def _kinds(self) -> dict[str, dict[str, torch.Tensor]]:
         return {"sums": self._sums, "most": self._most}
+
+
+def error_of_ratio(totals: torch.Tensor, weights: torch.Tensor) -> float | None:
+    """Standard error of r = Σ totals / Σ weights, of independent rows: √(N/(N−1) Σ (total − r·weight)²) / Σ weights.
+
+    With weights of 1 it is that of a mean. A loss over tokens has a row's summed loss as its total and the row's tokens as its
+    weight: tokens of a row depend on each other, so that an error over tokens would be too small.
+
+    Args:
+        totals, weights: [N]; rows of weight 0 count for nothing.
+
+    Returns:
+        None for fewer than two rows.
+    """
+    totals, weights = totals[weights > 0].double(), weights[weights > 0].double()
+    many = len(totals)
+    if many < 2:
+        return None
+    apart = totals - totals.sum() / weights.sum() * weights
+    return float((apart.square().sum() * many / (many - 1)).sqrt() / weights.sum())
 
 
 _PEAK_FLOPS = {

@@ -296,11 +296,11 @@ def matching(runs: Iterable[Run], filters: Iterable[str]) -> list[Run]:
             why, fix = "is no filter", "KEY=VALUE, or with != < <= > >= or ~ (contains), e.g. 'lr<1e-4'"
             raise UserError(Violation("filter", text, why, fix))
         key, sign, wanted = parsed[1], parsed[2], _plain(parsed[3])
-        values = [run.value(key) for run in runs]
-        if everything and all(run.value(key) is None for run in everything):
+        values = {id(run): run.value(key) for run in everything}
+        if everything and all(value is None for value in values.values()):
             known = {k for run in everything for k in run.config} | {"status", "name", "objective", "started"}
             raise UserError(Violation("filter", text, f"no run has {key!r}", nearest(key, sorted(known))))
-        runs = [run for run, value in zip(runs, values, strict=True) if _holds(_COMPARE[sign], value, wanted)]
+        runs = [run for run in runs if _holds(_COMPARE[sign], values[id(run)], wanted)]
     return runs
 
 

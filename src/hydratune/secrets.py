@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _KEY = (
@@ -16,6 +18,7 @@ _SET = rf"(?i)({_KEY}['\"]?[^\S\n]*[:=][^\S\n]*)(?!(?:null|none|true|false)\b)"
 _VALUE = re.compile(rf"{_SET}(?:'(?:[^'\n]|'')*'|\"(?:[^\"\\\n]|\\.)*\"|[^\s,'\"}}\])]+|['\"][^\n]*)")
 _LINE = re.compile(rf"{_SET}\S.*")
 _PASSWORD = re.compile(r"(://[^:/@\s\"',]*:)[^\s\"']+@")  # to the last @: more rather than less
+_OURS = "HYDRATUNE_"
 _HIDDEN = "***"
 
 
@@ -44,15 +47,52 @@ def redact(config: Any) -> Any:
 def redact_override(word: str) -> str:
     """A word of a command line: `trainer.hub_token=hf_…` becomes `trainer.hub_token=***`; so inside a {…} of it."""
     key, sign, value = word.partition("=")
+    if names_variable(word):
+        return word
     if sign and value not in ("", "null") and is_secret(key.lstrip("+~")):
         return f"{key}={_HIDDEN}"
     return _values(word)
 
 
+def variable_of(key: str) -> str:
+    """The variable of the environment that a typed secret is put into: HYDRATUNE_TRAINER_HUB_TOKEN."""
+    return _OURS + re.sub(r"[^A-Za-z0-9]", "_", key).upper()
+
+
+def untold(key: str, message: str) -> tuple[str, str] | None:
+    """Why, and the way out, when OmegaConf misses the variable of a secret that was typed once; None for other messages."""
+    if f"'{variable_of(key)}' not found" not in message:
+        return None
+    also = f"; {key}=null takes HF_TOKEN" if key == "trainer.hub_token" else ""
+    return "was typed when this began, and secrets are not kept", (
+        f"type it again ({key}=…), or set {variable_of(key)}" + also
+    )
+
+
+def names_variable(word: str) -> bool:
+    """Whether an override takes its value from the environment: it holds no secret, but says where one is."""
+    return bool(re.fullmatch(r"['\"]?\$\{oc\.env:\w+\}['\"]?", word.partition("=")[2]))
+
+
+@contextmanager
+def unsaved(options: Any) -> Iterator[None]:
+    """An object's attributes without what is secret in them, while it is written to disk."""
+    held = dict(vars(options))
+    for name, value in held.items():
+        if isinstance(value, dict):
+            vars(options)[name] = redact(value)
+        elif isinstance(value, str) and is_secret(name):
+            vars(options)[name] = None
+    try:
+        yield
+    finally:
+        vars(options).update(held)
+
+
 def redact_file(text: str, suffix: str) -> str:
     """The text of a file for a reader: YAML, JSON, a script, or lines of any kind, with what is secret as ***.
 
-    Unlike `redact`, this knows overrides too, which Hydra keeps as they were typed because a resumed run needs them.
+    Unlike `redact`, this knows overrides too, which Hydra keeps as they were typed: older runs have secrets there.
     """
     text = hide_password(text)
     if suffix == ".json":

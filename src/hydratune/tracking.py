@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from hydratune.card import origin
 from hydratune.objective import Objective, default, last_values, named
 from hydratune.rowfile import append_rows
 from hydratune.secrets import redact, redact_override
@@ -225,7 +226,9 @@ class RunTracker:
         if self._wandb is None:
             return
         try:
-            self._wandb.summary.update({k: v for k, v in summary.items() if k not in ("command", "versions")})
+            self._wandb.summary.update(
+                {k: v for k, v in summary.items() if k not in ("command", "versions", "base")}
+            )
             if status != "completed":
                 self._wandb.tags = (*self._wandb.tags, status)
             self._wandb.finish(exit_code=0 if status in ("completed", "pruned") else 1)
@@ -296,7 +299,7 @@ def collect_summary(
     """The facts of a run for summary.json.
 
     Returns:
-        run_name, status (completed, pruned, failed, interrupted), algo, model, data, peft (entries picked),
+        run_name, status (completed, pruned, failed, interrupted), algo, model, data, peft (entries picked), base (`card.origin`),
         objective {name, value}, objectives {name: value} when there are several, metrics {final, best}, steps,
         tokens, seconds {phase: s}, seconds_to_first_step (from the start of the command), tokens_per_second (over
         training), peak_memory {bytes, kind: "cuda" or "host"}, seed, device, versions, git_commit, command, started,
@@ -323,6 +326,7 @@ def collect_summary(
         "status": status,
         "algo": settings.algo,
         **{group: settings.choices.get(group) for group in ("model", "data", "peft")},
+        "base": origin(settings.model.name_or_path),
         "objective": {},
         "metrics": {"final": final, "best": best},
         "steps": trainer.state.global_step if trainer is not None else 0,

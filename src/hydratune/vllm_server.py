@@ -32,7 +32,7 @@ from hydratune.rollout import Completions, Sampling, check_prompts
 
 log = logging.getLogger("hydratune")
 KEY = "algo.vllm_server_base_url"
-_START = {
+START = {
     True: "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {} --enable-lora --max-lora-rank RANK",
     False: "VLLM_SERVER_DEV_MODE=1 vllm serve {}",
 }  # by whether there is an adapter
@@ -73,7 +73,7 @@ class VLLMServer:
 
     def check(self, model: str) -> list[Violation]:
         """What is wrong with the server for a policy that was loaded from `model` (directory or hub id)."""
-        start = _START[self.adapter].format(model or "MODEL")
+        start = START[self.adapter].format(model or "MODEL")
         if not model:
             why = "the policy has random weights, which no server can have"
             return [Violation(KEY, self.url, why, "train it first (algo=sft), then give model.name_or_path")]
@@ -92,6 +92,15 @@ class VLLMServer:
             why = f"takes no weights: it has no {_ROUTE[self.adapter]}"
             return [Violation(KEY, self.url, why, f"start it so: {start}")]
         return []
+
+    def offers(self) -> tuple[list[str], bool, bool]:
+        """Names of the models that it serves; whether it takes whole weights, and adapters.
+
+        Raises:
+            Refused: it does not answer, or is no vLLM server.
+        """
+        names = [str(one["id"]) for one in self._models(_PING)]
+        return names, self._knows(_ROUTE[False]), self._knows(_ROUTE[True])
 
     def _models(self, timeout: float) -> list[dict[str, Any]]:
         """The served models, adapters left out; the first one is what requests name."""
@@ -139,7 +148,7 @@ class VLLMServer:
         except Refused as error:
             raise TrainingFailed(
                 f"the vLLM server {self.url} did not take the policy's weights: {error}; it must see {self.folder} "
-                f"(algo.vllm_server_folder), and be started so: {_START[self.adapter].format(self._base or 'MODEL')}; "
+                f"(algo.vllm_server_folder), and be started so: {START[self.adapter].format(self._base or 'MODEL')}; "
                 "then resume"
             ) from error
         self.version = version

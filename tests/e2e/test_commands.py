@@ -2,75 +2,34 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
-import pty
 import re
-import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import termios
-import time
-from contextlib import suppress
-from fcntl import ioctl
 from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, greedy, run
 from commands import train as sweep
+from fake_vllm import FakeVLLM
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from typer.testing import CliRunner
 
-from hydratune.cli import app
+from hydratune.commands import doctor
 from hydratune.commands.doctor import packages
 from hydratune.commands.evaluation import mean, win_rate
 
-ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = str(Path(sys.executable).parent / "hydratune")
 COMMANDS = ["runs", "compare", "chat", "generate", "eval", "export", "merge", "doctor"]
-_spec = importlib.util.spec_from_file_location("train_for_commands", ROOT / "train.py")
-train = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train)
-
-
-@pytest.fixture(scope="session")
-def home(tmp_path_factory):
-    """Four runs: a whole model that is sometimes right, an adapter, a reward model, and one of DPO with a reference."""
-    home = tmp_path_factory.mktemp("outputs")
-    before, os.environ["HYDRATUNE_CACHE"] = os.environ.get("HYDRATUNE_CACHE"), str(home.parent / "cache")
-    common = ["tracking=none", "data.size=160", "data.eval_fraction=0.4", "batch_size=16", "lr=2e-3"]
-    runs = {
-        "whole": [
-            "max_steps=30",
-            "trainer.logging_steps=10",
-            "tracking.samples=2",
-            "tracking.sample_tokens=12",
-        ],
-        "adapter": ["peft=lora", "max_steps=4", "lr=0.02", "tracking.samples=0"],
-        "judge": ["algo=reward", "max_steps=3", "peft=lora"],
-        "preference": ["algo=dpo", "max_steps=3", "tracking.samples=0"],
-    }
-    for name, own in runs.items():
-        assert train.main([*common, *own, f"output_dir={home / name}"]) == 0
-    os.environ.pop("HYDRATUNE_CACHE") if before is None else os.environ.update(HYDRATUNE_CACHE=before)
-    return home
 
 
 def summary(home, name):
     return json.loads((home / name / "summary.json").read_text())
-
-
-def run(*arguments, code=0, stdin=None):
-    """Output of a command in this process, and what it says on the side."""
-    done = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
-    assert done.exit_code == code, (done.output, done.exception)
-    return done.stdout, done.stderr
 
 
 def given(home, name, *arguments, **kwargs):
@@ -83,12 +42,13 @@ def given(home, name, *arguments, **kwargs):
 
 def test_runs_lists_what_was_trained_the_newest_first(home):
     out, _ = run("runs", "--home", home)
-    assert out.splitlines()[-1] == "4 runs"
-    assert [line.split()[1] for line in out.splitlines()[1:5]] == ["preference", "judge", "adapter", "whole"]
+    assert out.splitlines()[-1] == "5 runs"
+    names = [line.split()[1] for line in out.splitlines()[1:6]]
+    assert names == ["preference", "judge", "online", "adapter", "whole"]
     assert "\x1b" not in out and not any(line.endswith(" ") for line in out.splitlines())
     out, _ = run("runs", "--home", home, "algo=sft", "lr<0.01", "--columns", "peft,eval_loss")
     header, line, count = out.splitlines()
-    assert header.split()[:5] == ["status", "name", "algo", "peft", "eval_loss"] and count == "1 of 4 runs"
+    assert header.split()[:5] == ["status", "name", "algo", "peft", "eval_loss"] and count == "1 of 5 runs"
     assert line.split()[:4] == ["completed", "whole", "sft", "none"]
 
 
@@ -202,9 +162,9 @@ def test_eval_gives_the_runs_own_numbers(home):
     assert right["standard_error"] == pytest.approx(math.sqrt(p * (1 - p) / 63))
 
 
-@pytest.mark.parametrize("name", ["adapter", "judge", "preference"])
+@pytest.mark.parametrize("name", ["adapter", "judge", "preference", "online"])
 def test_eval_gives_every_metric_of_the_runs_own_evaluation(home, name):
-    """Of an adapter on its base, of a score head, and of a policy against the model that it started from."""
+    """Of an adapter on its base, of a score head, of a policy against the model that it started from, and of one of GRPO."""
     found, final = (
         given(home, name, "eval", "--completions", 0)["metrics"],
         summary(home, name)["metrics"]["final"],
@@ -215,22 +175,28 @@ def test_eval_gives_every_metric_of_the_runs_own_evaluation(home, name):
 
 
 def test_eval_of_a_file_is_the_loss_of_all_its_rows(home, tmp_path):
-    """Held against plain transformers: −log p of every token after the first, by the number of such tokens."""
+    """Held against plain transformers, a row at a time: −log p of every token after the first, by the number of such tokens."""
     rows = [f"What is {a} + 1?" for a in (1, 12, 123)]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
-    found = given(home, "whole", "eval", f"data.path={file}")
-    assert (found["rows"], found["of"]) == (3, f"all of {file}")
     model = AutoModelForCausalLM.from_pretrained(home / "whole" / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(home / "whole" / "model")
-    total = count = 0
+    sums, counts = [], []
     for text in rows:
         ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
         with torch.no_grad():
-            total += model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
-    assert found["metrics"]["loss"] == pytest.approx(total / count, rel=1e-5)
-    assert "verified_accuracy" not in found
+            sums.append(model(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1))
+        counts.append(ids.shape[1] - 1)
+    loss = sum(sums) / sum(counts)
+    apart = sum((s - loss * n) ** 2 for s, n in zip(sums, counts, strict=True))
+    error = math.sqrt(apart * 3 / 2) / sum(counts)  # of a ratio, rows independent
+    for size in (1, 3):
+        found = given(home, "whole", "eval", f"data.path={file}", "--batch-size", size)
+        assert (found["rows"], found["of"]) == (3, f"all of {file}")
+        assert found["metrics"]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert found["standard_errors"]["loss"] == pytest.approx(error, rel=1e-4)
+        assert found["standard_errors"]["perplexity"] == pytest.approx(error * math.exp(loss), rel=1e-4)
+        assert "verified_accuracy" not in found
 
 
 def test_a_reward_model_judges_a_run_against_another(home):
@@ -259,20 +225,35 @@ def test_win_rates_and_errors_are_the_textbooks():
 def test_what_eval_prints_has_its_numbers(home):
     out, _ = run("eval", home / "whole")
     final = summary(home, "whole")["metrics"]["final"]
-    assert f"{final['eval_loss']:.4f}" in out and "64, held out of arithmetic" in out
+    assert f"{final['eval_loss']:.4f} ± 0." in out and "64, held out of arithmetic" in out
     assert f"{final['verified_accuracy']:.1%} ±" in out
 
 
+def test_eval_tells_sampled_answers_of_an_online_run_from_greedy_ones(home):
+    found, final = given(home, "online", "eval"), summary(home, "online")["metrics"]["final"]
+    sampled, greedy = found["metrics"]["verified_accuracy"], found["verified_accuracy"]["mean"]
+    assert sampled == final["eval_verified_accuracy"] and greedy == final["verified_accuracy"]
+    error = found["standard_errors"]["verified_accuracy"]  # of 64 answers that are right or wrong
+    assert error == pytest.approx(math.sqrt(sampled * (1 - sampled) / 63))
+    lines = [re.split(r"  +", line) for line in run("eval", home / "online")[0].splitlines()]
+    names = [line[0] for line in lines]
+    assert len(names) == len({*names})
+    shown = {line[0]: line[-1] for line in lines}
+    assert shown["verified answers, sampled"] == f"{sampled:.1%} ± {error:.1%}"
+    assert shown["verified answers, greedy"].startswith(f"{greedy:.1%} ± ")
+    assert shown["mean reward, sampled"].startswith(f"{final['eval_reward']:.4f} ± ")
+
+
+def test_errors_of_pairs_are_those_of_their_mean(home):
+    """Of a share p of n pairs: √(p (1 − p) / (n − 1))."""
+    for name, key in (("judge", "accuracy"), ("preference", "rewards/accuracies")):
+        found = given(home, name, "eval", "--completions", 0)
+        p, pairs = found["metrics"][key], found["rows"]
+        assert found["standard_errors"][key] == pytest.approx(math.sqrt(p * (1 - p) / (pairs - 1)))
+        assert 0 < found["standard_errors"]["loss"] < 1
+
+
 # ------------------------------------------------------------------ generate
-
-
-def greedy(folder, messages, tokens):
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    made = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
-    return tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_generate_completes_rows_and_keeps_their_columns(home, tmp_path):
@@ -381,124 +362,6 @@ def test_a_push_makes_a_private_repository_of_the_folder(home, tmp_path, monkeyp
     assert "https://hub/me/it" in out and "secret" not in out
 
 
-# ------------------------------------------------------------------ chat
-
-
-class Terminal:
-    """A command in a pseudo-terminal."""
-
-    def __init__(self, *command, width=100):
-        self.pid, self.fd = pty.fork()
-        if not self.pid:
-            os.environ.update(TERM="xterm-256color", COLUMNS=str(width))
-            os.execv(command[0], [str(c) for c in command])
-        ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
-        self._bytes, self._seen = b"", 0
-
-    @property
-    def shown(self):
-        return self._bytes.decode(errors="replace")
-
-    def wait_for(self, text, seconds=90):
-        """What was shown since the last such text, up to this one."""
-        end = time.monotonic() + seconds
-        while (at := self._bytes.find(text.encode(), self._seen)) < 0:
-            assert time.monotonic() < end, f"no {text!r} in {self._bytes[self._seen :]!r}"
-            if select.select([self.fd], [], [], 0.2)[0]:
-                self._bytes += os.read(self.fd, 65536)
-        start, self._seen = self._seen, at + len(text.encode())
-        return self._bytes[start : self._seen].decode(errors="replace")
-
-    def type(self, text):
-        os.write(self.fd, text.encode())
-
-    def press(self, key, text):
-        """Presses a key until it is heard: readline misses one that comes between its prompt and its wait for input."""
-        for _ in range(12):
-            self.type(key)
-            with suppress(AssertionError):
-                return self.wait_for(text, seconds=5)
-        return self.wait_for(text)
-
-    def end(self, seconds=60):
-        """The exit code, once everything was shown."""
-        end = time.monotonic() + seconds
-        while True:
-            if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
-            if not select.select([self.fd], [], [], 0.2)[0]:
-                continue
-            try:
-                if not (data := os.read(self.fd, 65536)):
-                    break
-            except OSError:  # so Linux tells that the other side is closed
-                break
-            self._bytes += data
-        os.close(self.fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-@pytest.mark.parametrize("width", [60, 120])
-def test_chat_in_a_terminal(home, width):
-    """Answers of both models, a conversation begun anew, an answer stopped by Ctrl-C, and the end by Ctrl-D."""
-    command = [
-        PROGRAM,
-        "chat",
-        home / "adapter",
-        "--max-new-tokens",
-        "400",
-        "--temperature",
-        "1",
-        "--seed",
-        "1",
-    ]
-    terminal = Terminal(*command, width=width)
-    assert "base: random weights" in terminal.wait_for("you ›")
-    for _ in range(10):  # an answer may end before the Ctrl-C comes
-        terminal.type("What is 1 + 1?\n")
-        terminal.wait_for("tuned")
-        terminal.wait_for("base")
-        terminal.type("\x03")
-        if "(stopped)" in terminal.wait_for("you ›"):
-            break
-    assert "(stopped)" in terminal.shown
-    terminal.type("/reset\n")
-    terminal.wait_for("begun anew")
-    terminal.wait_for("you ›")
-    terminal.type("/what\n")
-    terminal.wait_for("there is no /what")
-    terminal.wait_for("you ›")
-    terminal.press("\x03", "Ctrl-D ends")
-    terminal.wait_for("you ›")  # before that, a Ctrl-D is the line discipline's, not ours
-    terminal.type("\x04")
-    assert terminal.end() == 0
-    assert "Traceback" not in terminal.shown and "error" not in terminal.shown
-
-
-def test_chat_on_a_pipe_prints_plain_answers(home):
-    question = "What is 3 + 4?"
-    done = [
-        run("chat", home / "whole", "--temperature", 0, "--max-new-tokens", 12, stdin=text)
-        for text in (f"{question}\n", f"{question}\n{question}\n/reset\n{question}\n/exit\nno\n")
-    ]
-    answer = greedy(home / "whole" / "model", [{"role": "user", "content": question}], 12)
-    assert "\n".join(done[0][0].splitlines()) == answer and "\x1b" not in done[0][0]
-    assert "trained from random weights" in done[0][1]
-    first = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    second = greedy(home / "whole" / "model", [*first, {"role": "user", "content": question}], 12)
-    assert done[1][0] == f"{answer}\n{second}\n{answer}\n"
-
-
-def test_chat_keeps_two_conversations(home):
-    lines = "What is 3 + 4?\nWhat is 3 + 4?\n"
-    flags = ["--temperature", 0, "--max-new-tokens", 6]
-    both, _ = run("chat", home / "adapter", *flags, stdin=lines)
-    alone, _ = run("chat", home / "adapter", *flags, "--no-base", stdin=lines)
-    tuned = [line.removeprefix("tuned: ") for line in both.splitlines() if line.startswith("tuned: ")]
-    assert len(tuned) == 2 and "base: " in both
-    assert tuned == [line for line in alone.splitlines() if line in tuned]
-
-
 # ------------------------------------------------------------------ doctor
 
 
@@ -539,6 +402,35 @@ def test_doctor_ends_with_1_where_training_cannot_work(monkeypatch):
     )
     assert found["transformers"].level == "bad" and found["peft"].level == "ok"
     assert "cannot work here" in run("doctor", code=1)[0]
+
+
+def test_doctor_prints_what_it_knows_before_it_imports_torch(monkeypatch):
+    order = []
+    real = doctor.devices
+    monkeypatch.setattr("hydratune.terminal.say", lambda console, text: order.append(str(text).strip()))
+    monkeypatch.setattr(doctor, "devices", lambda: [order.append("(imports)"), *real()][1:])
+    run("doctor")
+    assert order[0] == "packages" and order.index("optional packages") < order.index("(imports)")
+    assert order[order.index("(imports)") - 1] == "devices" and order[-1] == "training works here"
+
+
+def test_doctor_asks_a_vllm_server(home):
+    def row(*arguments):
+        found = json.loads(run("doctor", "--json", *arguments)[0])["completions of PPO and GRPO"]
+        return found[1]["level"], found[1]["says"], found[1]["fix"]
+
+    level, says, fix = row()
+    assert level == "note" and "vllm" in says and "pip install vllm" in fix and "vllm serve MODEL" in fix
+    fake = FakeVLLM(home / "whole" / "model", name="mine", routes=("/collective_rpc",))
+    with fake.listening() as url:
+        level, says, fix = row("--vllm-server", url)
+        assert (level, says) == ("ok", "serves mine, takes whole weights") and "--enable-lora" in fix
+        fake.routes = {"/v1/completions"}
+        level, says, fix = row("--vllm-server", url)
+        assert level == "bad" and "takes no weights" in says and "VLLM_SERVER_DEV_MODE=1" in fix
+    level, says, fix = row("--vllm-server", url)
+    assert level == "bad" and "nothing answers there" in says and "vllm serve" in fix
+    assert "http://HOST:PORT" in run("doctor", "--vllm-server", "localhost", code=2)[1]
 
 
 # ------------------------------------------------------------------ wrong input, help, completion

@@ -1,7 +1,7 @@
-"""The documents say what is true: every command line is understood, the recipes run, what is named and linked exists.
+"""The documents say what is true: every command line is understood, recipes and `hydratune` commands are run.
 
-A command in a fenced block that no rule here understands fails, so that none escapes. Words in capitals stand for files
-and runs; they are replaced by real ones, which the README's recipes leave.
+A command that no rule here understands fails, so that none escapes. Words in capitals stand for files and runs; they are
+replaced by real ones, which the README's recipes leave.
 """
 
 from __future__ import annotations
@@ -9,40 +9,32 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
+from commands import ROOT, entry, made_once
+from documents import NAMES, blocks, command_lines, in_text
+from typer.testing import CliRunner
 
-from hydratune import algos
 from hydratune.checks import check_settings
-from hydratune.command import arguments, check_command, entries, resumed, rewrite, with_kept_search
-from hydratune.config import SECTIONS, key_of
+from hydratune.cli import app
+from hydratune.command import arguments, check_command, resumed, rewrite, with_kept_search
+from hydratune.config import key_of
 from hydratune.errors import UserError
-from hydratune.options import adapter_types, config_class, options_of
 from hydratune.run import run as real_run
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
-NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-# those that tell users what to type; design and log also name parts of the code
-GUIDES = [n for n in NAMES if n not in ("docs/design.md", "docs/log.md", "docs/options.md")]
-SHELL = ("bash", "sh", "shell", "console")
 FOREIGN = {"git", "cd", "vllm", "wandb", "source", "pip", "export"}  # programs of others, looked at below
-
-_spec = importlib.util.spec_from_file_location("train_entry", ROOT / "train.py")
-train = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(train)
 
 # what makes a recipe small: keys that it sets are replaced
 SMALL = {
@@ -53,46 +45,10 @@ ROWS = {
     "FILE.jsonl": [{"prompt": f"{i}?", "completion": f"{i}"} for i in range(8)],
     "PAIRS.jsonl": [{"prompt": f"{i}?", "chosen": f"{i}", "rejected": "no"} for i in range(8)],
     "LABELS.jsonl": [{"prompt": f"{i}?", "completion": f"{i}", "label": i % 2 == 0} for i in range(8)],
+    "test.jsonl": [{"prompt": f"{i}?", "completion": f"{i}"} for i in range(20)],
+    "all.jsonl": [{"prompt": f"{i}?", "completion": f"{i}"} for i in range(20)],
     "QUESTIONS.jsonl": [{"prompt": f"{i}?", "answer": i} for i in range(8)],
 }
-
-
-def blocks(page: Path) -> Iterator[tuple[int, str, str]]:
-    """First line, language and text of every fenced block of a page."""
-    fence: list[str] | None = None
-    start, language = 0, ""
-    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
-        if line.lstrip().startswith("```"):
-            if fence is None:
-                fence, start, language = [], number + 1, line.strip().strip("`").split(" ")[0]
-            else:
-                yield start, language, "\n".join(fence)
-                fence = None
-        elif fence is not None:
-            fence.append(line)
-    assert fence is None, f"{page}: a block is not closed"
-
-
-def commands(page: Path) -> Iterator[tuple[int, str]]:
-    """The command lines of a page: all lines of shell blocks, and those behind `$ ` in others; a block's variables put in."""
-    for start, language, text in blocks(page):
-        whole = ""
-        variables: dict[str, str] = {}
-        for offset, line in enumerate(text.splitlines()):
-            shown = line.strip().startswith("$ ")
-            if not whole and not shown and language not in SHELL:
-                continue
-            whole += line.strip().removeprefix("$ ")
-            if whole.endswith("\\"):
-                whole = whole[:-1]
-            else:
-                for name, value in variables.items():
-                    whole = whole.replace(f"${name}", value)
-                if assigned := re.fullmatch(r'([A-Z]+)="(.*)"', whole):
-                    variables[assigned[1]] = assigned[2]
-                elif shlex.split(whole, comments=True):
-                    yield start + offset, whole
-                whole = ""
 
 
 def small(words: list[str]) -> list[str]:
@@ -108,25 +64,36 @@ def small(words: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Iterator[Path]:
     """A folder in which the words in capitals are real: the README's recipes have run in it."""
-    folder = tmp_path_factory.mktemp("world")
+    folder = made_once(tmp_path_factory, "world", make_world)
+    with inside(folder):
+        yield folder
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("HYDRATUNE_CACHE", str(folder / "cache"))
         patch.setenv("WANDB_MODE", "offline")
         patch.syspath_prepend(str(folder))
-        (folder / "my").mkdir()
-        (folder / "my" / "__init__.py").write_text("")
-        (folder / "my" / "module.py").write_text(
-            "def fn(completions, **columns):\n    return [1.0 for _ in completions]\n\n\n"
-            "def row(row):\n    return {'prompt': 'a', 'completion': 'b'}\n\n\n"
-            "def space(trial):\n    return {'lr': trial.suggest_float('lr', 1e-5, 1e-3)}\n"
-        )
-        for name, rows in ROWS.items():
-            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (folder / "FILE.csv").write_text("question,answer\n1?,1\n2?,2\n")
+        yield
+
+
+def make_world(folder: Path) -> None:
+    (folder / "my").mkdir()
+    (folder / "my" / "__init__.py").write_text("")
+    (folder / "my" / "module.py").write_text(
+        "def fn(completions, **columns):\n    return [1.0 for _ in completions]\n\n\n"
+        "def row(row):\n    return {'prompt': 'a', 'completion': 'b'}\n\n\n"
+        "def space(trial):\n    return {'lr': trial.suggest_float('lr', 1e-5, 1e-3)}\n"
+    )
+    for name, rows in ROWS.items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "FILE.csv").write_text("question,answer\n1?,1\n2?,2\n")
+    with inside(folder):
         run_recipes()
         look_at_recipes(folder)
-        yield folder
+        run_named()
 
 
 def run_recipes() -> None:
@@ -135,12 +102,12 @@ def run_recipes() -> None:
     first, last = (
         text[: text.index(head)].count("\n") for head in ("## Five recipes", "## What a run leaves")
     )
-    for line, command in commands(ROOT / "README.md"):
+    for line, command in command_lines(ROOT / "README.md"):
         words = shlex.split(command, comments=True)
         if not first < line < last or re.search(r"# or\b", command) or words[:2] != ["python", "train.py"]:
             continue
         if "-m" not in words:
-            assert train.main(small(words[2:])) == 0, f"README.md:{line}: {command}"
+            assert entry.main(small(words[2:])) == 0, f"README.md:{line}: {command}"
             continue
         search = ["sweep.n_trials=2", "sweep.name=STUDY", "model.architecture.num_hidden_layers=1"]
         done = subprocess.run(
@@ -160,11 +127,24 @@ def look_at_recipes(folder: Path) -> None:
     assert len(json.loads((folder / "outputs/sweeps/STUDY/study.json").read_text())["trials"]) == 2
 
 
+def run_named() -> None:
+    """The runs that docs/commands.md works on, as it says that they were made, small; the last one written is of SFT."""
+    own = [*small(["data.seed=7"]), "tracking.samples=2"]
+    runs = {
+        "sums": [],
+        "sums-lora": ["model.name_or_path=outputs/sums/model", "peft=lora", "lr=2e-3"],
+    }
+    for name, words in runs.items():
+        assert entry.main([*own, *words, f"output_dir=outputs/{name}"]) == 0
+    for name, same in (("sft", "sums"), ("lora", "sums-lora"), ("judge", "reward")):
+        shutil.copytree(f"outputs/{same}", f"outputs/{name}")  # with their times
+
+
 def real(word: str) -> str:
     """A word with what stands in capitals replaced by what the recipes have left."""
     word = re.sub(r"outputs/\d{4}-[\w./-]+", "RUN", word)
     for name, path in (
-        ("REWARD_RUN", "outputs/reward"), ("MERGED_MODEL", "merged"), ("RUN_DIRECTORY", "RUN"), ("BASE/model", "RUN/model"),
+        ("REWARD_RUN", "outputs/reward"), ("TEST.jsonl", "LABELS.jsonl"), ("MERGED_MODEL", "merged"), ("RUN_DIRECTORY", "RUN"), ("BASE/model", "RUN/model"),
         ("DIR_OR_ID", "RUN/model"),
     ):  # fmt: skip
         word = word.replace(name, path)
@@ -172,10 +152,18 @@ def real(word: str) -> str:
     return re.sub(r"(?<![\w/.])RUN\b", "outputs/base", word)
 
 
+def typed() -> dict[str, str]:
+    """Every command line of the documents, and where it stands."""
+    lines = (
+        (name, found) for name in NAMES for find in (command_lines, in_text) for found in find(ROOT / name)
+    )
+    return {command: f"{name}:{line}" for name, (line, command) in lines}
+
+
 def test_the_recipes_run_and_every_command_line_is_understood(world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     monkeypatch.setitem(sys.modules, "hydratune.run", types.SimpleNamespace(run=_check))
-    where = {command: f"{name}:{line}" for name in NAMES for line, command in commands(ROOT / name)}
+    where = typed()
     assert len(where) > 50
     wrong = []
     for command, place in where.items():
@@ -186,6 +174,54 @@ def test_the_recipes_run_and_every_command_line_is_understood(world, monkeypatch
             wrong.append(f"{place}: {command}\n    {problem}: {capsys.readouterr().err.strip()}")
         capsys.readouterr()
     assert not wrong, "\n".join(wrong)
+
+
+# parsed above and not run, because
+NOT_RUN = {
+    "hydratune dashboard": "it is a server for a browser, which tests/e2e/test_dashboard.py drives",
+    "hydratune sweep dashboard": "it is the same server",
+    "data=gsm8k": "its rows are on the hub",
+}
+# what is asked of the study of two trials and of runs of two steps
+FEWER = {"--trial 3": "--trial 1", "max_steps=5000": "max_steps=1", "sweep.n_trials=60": "sweep.n_trials=3"}
+QUESTION = "What is 12 + 30?\n"
+
+
+def labels(text: str) -> set[str]:
+    """The first words of lines that begin at the edge."""
+    return {re.split(r"  +", line)[0] for line in text.splitlines() if re.match(r"[^\s…]", line)}
+
+
+def test_the_commands_of_the_documents_do_what_they_say(world, monkeypatch, tmp_path, capfd):
+    """They end well, on a pipe without markup, and print the lines that the documents show."""
+    monkeypatch.chdir(world)
+    texts = [text.partition("\n") for name in NAMES for _, _, text in blocks(ROOT / name)]
+    answers = {command[2:]: answer for command, _, answer in texts if command.startswith("$ ")}
+    wrong, ran = [], []
+    for number, (command, place) in enumerate(typed().items()):
+        if not command.startswith("hydratune ") or any(part in command for part in NOT_RUN):
+            continue
+        line = command
+        for asked, less in FEWER.items():
+            line = line.replace(asked, less)
+        words = shlex.split(line, comments=True)[1:]
+        if words[0] in ("export", "merge"):
+            words[2] = str(tmp_path / str(number))
+        if words[0] == "merge":
+            words[1] = "outputs/lora"
+        done = CliRunner().invoke(app, [real(word) for word in words], input=QUESTION)
+        out = done.stdout + capfd.readouterr().out  # of processes that it starts
+        shown = answers.get(command, "") if words[0] in ("eval", "compare", "doctor") else ""
+        if done.exit_code or not out or "\x1b" in out:
+            wrong.append(f"{place}: {command}\n    {done.exit_code} {done.exception!r} {done.output}")
+        elif missing := labels(shown) - labels(out):
+            wrong.append(f"{place}: {command}\n    does not print {missing}, but\n{out}")
+        ran.append(words[0] if words[0] != "sweep" else f"sweep {words[1]}")
+    assert not wrong, "\n".join(wrong)
+    assert {*ran} == {
+        "runs", "compare", "chat", "generate", "eval", "export", "merge", "doctor",
+        *(f"sweep {c}" for c in ("status", "best", "rerun", "resume")),
+    }  # fmt: skip
 
 
 WRONG = (
@@ -212,7 +248,7 @@ def test_an_answer_that_is_shown_is_the_real_one(tmp_path, monkeypatch, capsys):
     assert len(shown) > 1
     for name, text in shown:
         command, _, answer = text.partition("\n")
-        train.main(shlex.split(command)[3:])
+        entry.main(shlex.split(command)[3:])
         assert capsys.readouterr().err.strip() == answer.strip(), name
 
 
@@ -263,14 +299,14 @@ def understand(words: list[str]) -> str:
 
 def of_train(words: list[str]) -> str:
     if "--help" in words:
-        return "" if train.main(words) == 0 else "failed"
+        return "" if entry.main(words) == 0 else "failed"
     if "-m" not in words:
         expected = 2 if "trainer.max_grad_nrom=1" in words else 0  # the README's example of an error
-        return "" if train.main([w for w in words if w != "check=true"]) == expected else "failed"
+        return "" if entry.main([w for w in words if w != "check=true"]) == expected else "failed"
     try:
         args = arguments(resumed(words))
-        train._register_resolvers({})
-        train._register_searches()
+        entry._register_resolvers({})
+        entry._register_searches()
         check_command(rewrite(with_kept_search(args.overrides)), multirun=True, args=args)
     except UserError as error:
         return str(error)
@@ -315,106 +351,3 @@ def of_pip(words: list[str]) -> str:
     asked = re.findall(r"\[([\w,]+)\]", " ".join(words))
     missing = {e for group in asked for e in group.split(",")} - {*extras}
     return f"there is no extra {', '.join(missing)}" if missing else ""
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_python_in_the_documents_is_python(name):
-    for start, language, text in blocks(ROOT / name):
-        if language in ("python", "py"):
-            compile(text, f"{name}:{start}", "exec")
-
-
-# ------------------------------------------------------------------ names
-
-
-def known_options() -> dict[str, set[str]]:
-    declared = {
-        name: {*options_of(f"hydratune.settings:{name.title()}Settings")}
-        for name in ("model", "data", "tracking", "sweep")
-    }
-    declared["trainer"] = {*options_of("transformers.training_args:TrainingArguments")}
-    declared["algo"] = {"name"}
-    for algo in algos.names():
-        declared["algo"] |= {*options_of(config_class(f"hydratune.algos.{algo}", "BaseConfig"))}
-    declared["peft"] = {"type"}
-    for kind in adapter_types():
-        found = config_class(f"peft.tuners.{kind}.config")
-        declared["peft"] |= {*options_of(found)} if found else set()
-    return declared
-
-
-def test_every_option_that_is_named_exists():
-    known = known_options()
-    assert {"r", "lora_alpha", "target_modules", "modules_to_save"} <= known["peft"]
-    wrong = []
-    for name in GUIDES:
-        text = re.sub(r"```python.*?```", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.DOTALL)
-        for section, option in re.findall(
-            r"(?<![\w./])(" + "|".join(SECTIONS) + r")\.([a-z_]\w*)(?![\w(./])", text
-        ):
-            if option not in {*known[section], "max_grad_nrom", "md", "yml", "yaml"}:
-                wrong.append(f"{name}: {section}.{option}")
-    assert not wrong
-
-
-def test_every_entry_that_is_named_exists():
-    groups = ("algo", "model", "data", "peft", "trainer", "tracking", "sweep")
-    wrong = []
-    for name in GUIDES:
-        text = (ROOT / name).read_text(encoding="utf-8")
-        for group, named in re.findall(
-            r"(?<![\w./])(" + "|".join(groups) + r")=([a-z][\w.]*(?:[,|][a-z][\w.]*)*)", text
-        ):
-            wrong += [
-                f"{name}: {group}={e}"
-                for e in re.split(r"[,|]", named)
-                if e.rstrip(".") not in entries(group)
-            ]
-    assert not wrong
-
-
-# ------------------------------------------------------------------ links
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
-    outside = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    heads = re.findall(r"^#+ (.*)$", outside, flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in heads}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_links_and_pictures_exist(name):
-    page = ROOT / name
-    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"[a-z]+:", target):
-            continue
-        path, _, anchor = target.partition("#")
-        file = (page.parent / path).resolve() if path else page
-        assert file.exists(), f"{name} links to {target}"
-        assert not anchor or anchor in anchors(file), f"{name} links to {target}, a heading that is not there"
-        if file.suffix == ".png":
-            assert file.stat().st_size < 150_000, f"{target} is too large for a page"
-
-
-# ------------------------------------------------------------------ site
-
-
-def test_the_site_builds_strictly_and_asks_nothing_of_anyone(tmp_path):
-    for module in ("mkdocs", "material", "latex2mathml"):
-        pytest.importorskip(module, reason="the extra [docs] is not installed")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    pages = [*(tmp_path / "site").rglob("*.html")]
-    assert len(pages) > 15
-    for page in pages:
-        html = page.read_text(encoding="utf-8")
-        assert not re.findall(r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(?:https?:)?//", html), (
-            page
-        )
-        assert "arithmatex" not in html, f"{page}: an equation was not read"
-    assert (tmp_path / "site" / "algorithms" / "dpo.html").read_text(encoding="utf-8").count("<math") > 40

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, entry
+from commands import ROOT, command, entry
 
 # command, what the message must hold: the key, and the way out
 WRONG = [
@@ -281,3 +281,17 @@ def test_real_process_answers_without_torch(command, tmp_path):
     assert "HEAVY []" in done.stdout
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given, kept):
+    """Told before torch is imported, which reads it then: trials and processes of a run inherit it."""
+    code = (
+        "import os, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    clean = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    words = [sys.executable, "-c", code, *command("--help")[1:]]
+    done = subprocess.run(words, capture_output=True, text=True, env={**clean, **given}, timeout=60)
+    assert done.stdout.splitlines()[-1] == f"{kept} False", done.stderr

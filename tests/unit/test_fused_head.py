@@ -10,9 +10,17 @@ import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hydratune.fused_head import FusedHead, cross_entropy, is_exact, linear_cross_entropy, select
+from hydratune.fused_head import (
+    FusedHead,
+    by_document,
+    cross_entropy,
+    is_exact,
+    linear_cross_entropy,
+    select,
+)
 from hydratune.logps import chunk_rows
 from hydratune.losses import token_loss
+from hydratune.meter import error_of_ratio
 
 
 def test_token_losses_by_hand():
@@ -107,6 +115,26 @@ def test_statistics_are_those_of_the_softmax():
     _, same = cross_entropy(F.linear(rows, weight, bias), targets, "nll", True)
     assert same.entropy_sum.item() == pytest.approx(stats.entropy_sum.item())
     assert same.correct.item() == stats.correct.item()
+
+
+def test_sums_by_document_are_the_same_padded_and_end_to_end():
+    values = torch.tensor(
+        [1.0, 2.0, 4.0]
+    )  # of the labelled tokens 7, 8 of the first document and 9 of the third
+    padded = torch.tensor([[-100, 7, 8], [-100, -100, -100], [-100, 9, -100]])
+    flat = torch.tensor([[-100, 7, 8, -100, -100, -100, 9]])
+    for labels, boundaries in ((padded, None), (flat, torch.tensor([0, 3, 5, 7]))):
+        totals, counts = by_document(values, labels, boundaries)
+        assert totals.tolist() == [3, 0, 4] and counts.tolist() == [2, 0, 1]
+
+
+def test_error_of_a_ratio_by_hand():
+    # r = (3 + 4) / (2 + 1) = 7/3; apart: 3 − 14/3 = −5/3, 4 − 7/3 = 5/3; √(2/1 · 50/9) / 3 = 10/9; the empty row is none
+    totals, weights = torch.tensor([3.0, 0.0, 4.0]), torch.tensor([2.0, 0.0, 1.0])
+    assert error_of_ratio(totals, weights) == pytest.approx(10 / 9)
+    # with weights of 1 a mean's: values 1, 2, 6, mean 3, variance (4 + 1 + 9) / 2 = 7, error √(7/3)
+    assert error_of_ratio(torch.tensor([1.0, 2.0, 6.0]), torch.ones(3)) == pytest.approx(math.sqrt(7 / 3))
+    assert error_of_ratio(torch.tensor([1.0]), torch.ones(1)) is None
 
 
 def test_no_rows_give_zero_and_zero_gradients():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import yaml
 
 from hydratune import report
-from hydratune.card import write_card
+from hydratune.card import origin, write_card
 from hydratune.report import write_report
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" [b]"
@@ -141,6 +142,59 @@ def test_a_card_names_a_hub_base_and_hides_a_local_one(tmp_path):
     assert (
         "| evaluation loss | 1.0000 |" in text and "AutoPeftModelForCausalLM" in text and "torch 2.13" in text
     )
+
+
+def a_run(folder, base):
+    """A finished run with a model."""
+    folder.mkdir()
+    fill(folder)
+    summary = SUMMARY | {"run_name": folder.name, "base": origin(base)}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"name_or_path": base}}))
+    (folder / "model").mkdir()
+    write_card(folder / "model", folder)
+    return folder / "model"
+
+
+def test_a_base_that_is_a_run_is_named_by_the_run_and_by_what_the_hub_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a_run(tmp_path / "first", "Qwen/Qwen2.5-0.5B")
+    a_run(tmp_path / "second", "first/model")
+    a_run(tmp_path / "third", "second/checkpoints/checkpoint-2")  # which is gone by now
+    a_run(tmp_path / "fresh", None)
+    shutil.copytree(tmp_path / "second" / "model", tmp_path / "exported")  # a model without a run
+    assert origin("exported") == {"name": "exported", "hub": "Qwen/Qwen2.5-0.5B"}
+    a_run(tmp_path / "fourth", "fresh/model")
+    (tmp_path / "moved").mkdir()
+    for name in ("first", "second", "third", "fourth"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    monkeypatch.chdir("/")  # from where no relative path leads there
+    said = {}
+    for name in ("first", "second", "third", "fourth"):
+        run = tmp_path / "moved" / name
+        write_card(run / "model", run)  # as `hydratune export` does
+        text = (run / "model" / "README.md").read_text()
+        said[name] = (
+            front_matter(run / "model").get("base_model"),
+            text.split("\n\n")[2].split(" trained")[0],
+        )
+        assert "/model" not in text.replace("from_pretrained", "")
+    assert said == {
+        "first": ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+        "second": ("Qwen/Qwen2.5-0.5B", "first (from Qwen/Qwen2.5-0.5B)"),
+        "third": (None, "checkpoint-2"),
+        "fourth": (None, "fresh"),
+    }
+
+
+def test_a_run_without_a_note_of_its_base_never_names_a_folder_as_a_hub_id(tmp_path):
+    """Cards of runs made before that note was kept."""
+    fill(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"name_or_path": "outputs/sums/model"}}))
+    (tmp_path / "model").mkdir()
+    write_card(tmp_path / "model", tmp_path)
+    assert "base_model" not in front_matter(tmp_path / "model")
+    assert "sums trained with" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_a_value_that_was_not_finite_is_left_out(tmp_path):

@@ -32,6 +32,7 @@ from hydratune.fused_head import base_of, is_exact
 from hydratune.meter import Meter, gpu_metrics, host_peak
 from hydratune.models import ModelRecipe, load_tokenizer, settle_tokenizer
 from hydratune.packing import packs
+from hydratune.secrets import unsaved
 
 log = logging.getLogger("hydratune")
 
@@ -432,7 +433,7 @@ class BaseTrainer(transformers.Trainer):
     def evaluation_loop(self, dataloader: Any, description: str, prediction_loss_only: bool | None = None,
                         ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval") -> Any:  # fmt: skip
         with self._not_training():
-            self.meters["eval"] = Meter()
+            self.meters["eval"] = Meter(by_row=True)
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -486,6 +487,10 @@ class BaseTrainer(transformers.Trainer):
         output = super().train(resume_from_checkpoint or None, *args, **kwargs)
         self._train_metrics()  # tokens of steps that were not logged count too
         return output
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with unsaved(self.args):  # training_args.bin is their pickle
+            super()._save(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self._not_training():

@@ -157,6 +157,7 @@ class DPOTrainer(PolicyTrainer):
             losses = losses * self._likelihood(judged, layout, tokens)
         total = losses.sum()
         self.meter.add("loss", total, pairs)
+        self.meter.keep("loss", losses)
         loss = self.over_items(total, pairs, num_items_in_batch)
         loss = self.with_balance(loss, judged.outputs, num_items_in_batch)
         rewards = args.beta * torch.stack((chosen, rejected), dim=1).detach()
@@ -206,6 +207,7 @@ class DPOTrainer(PolicyTrainer):
         pairs = len(rewards)
         margins = rewards[:, 0] - rewards[:, 1]
         self.meter.add("rewards/accuracies", (margins > 0).sum(), pairs)
+        self.meter.keep("rewards/accuracies", margins > 0)
         self.meter.add("rewards/margins", margins.sum(), pairs)
         for column, name in enumerate(("chosen", "rejected")):
             self.meter.add(f"rewards/{name}", rewards[:, column].sum(), pairs)

@@ -196,11 +196,13 @@ class KTOTrainer(PolicyTrainer):
         )
         total, rows = losses.sum(), len(losses)
         self.meter.add("loss", total, rows)
+        self.meter.keep("loss", losses)
         if args.estimates_kl:
             self.meter.add("kl", kl * rows, rows)
         rewards = args.beta * ratios.detach()
         above = rewards > args.beta * kl  # where the loss has its middle
         self.meter.add("rewards/accuracies", (above == desirable).sum(), rows)
+        self.meter.keep("rewards/accuracies", above == desirable)
         self._count(judged, layout, rewards, desirable)
         loss = self.over_items(total, rows, num_items_in_batch)
         loss = self.with_balance(loss, judged.outputs, num_items_in_batch)

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hydratune.algos.judge import JudgingTrainer
 from hydratune.data.builtin import answered, verifiable, verify
 from hydratune.errors import UserError, Violation
+from hydratune.meter import Meter
 
 
 class EvaluatingTrainer(JudgingTrainer):
@@ -79,8 +80,11 @@ class EvaluatingTrainer(JudgingTrainer):
         def add(name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
             known = ~values.isnan()
             weights = known.double() if weights is None else weights.double()
-            sums[name] += torch.stack((values.nan_to_num(nan=0.0).double().sum(), weights.sum()))
+            totals = values.nan_to_num(nan=0.0).double()
+            self.meters["eval"].keep(name, totals.reshape(len(totals), -1).sum(1), weights)
+            sums[name] += torch.stack((totals.sum(), weights.sum()))
 
+        self.meters["eval"] = Meter(by_row=True)
         made: list[np.ndarray] = []
         with self._not_training():
             self.send_weights()

@@ -193,7 +193,9 @@ class RewardTrainer(RowTrainer):
         with torch.no_grad():
             difference = chosen - rejected
             self.meter.add("loss", total, pairs)
+            self.meter.keep("loss", losses)
             self.meter.add("accuracy", (difference > 0).sum(), pairs)
+            self.meter.keep("accuracy", difference > 0)
             self.meter.add("margin", difference.sum(), pairs)
             self.meter.add("mean_reward", scores.sum(), 2 * pairs)
             self.meter.most("max_reward", scores.max())

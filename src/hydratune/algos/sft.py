@@ -17,7 +17,8 @@ from hydratune.algos.arguments import BaseConfig
 from hydratune.algos.base import BaseTrainer
 from hydratune.data.collate import SFTCollator
 from hydratune.data.pipeline import prepare
-from hydratune.fused_head import FusedHead, Stats, cross_entropy, select
+from hydratune.fused_head import FusedHead, Stats, by_document, cross_entropy, select
+from hydratune.losses import token_loss
 from hydratune.models import ModelRecipe
 from hydratune.packing import settle_padding
 from hydratune.settings import option
@@ -174,6 +175,9 @@ class SFTTrainer(BaseTrainer):
         count = stats.count
         meter = self.meter
         meter.add("loss", loss_sum, count)
+        if not self.model.training and self.compute_loss_func is None and self.label_smoother is None:
+            losses = token_loss(stats.logps, self.args.loss_type)
+            meter.keep("loss", *by_document(losses, labels, inputs.get("cu_seq_lens_q")))
         if stats.entropy_sum is not None:
             meter.add("entropy", stats.entropy_sum, count)
             meter.add("mean_token_accuracy", stats.correct, count)

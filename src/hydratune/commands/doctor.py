@@ -7,8 +7,10 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +19,7 @@ from rich.text import Text
 
 from hydratune import terminal
 from hydratune.commands.common import clear
-from hydratune.errors import UserError
+from hydratune.errors import UserError, Violation
 from hydratune.runs import HOME
 
 _PURPOSES = {
@@ -29,6 +31,8 @@ _PURPOSES = {
     "dashboard": "the page of all runs and studies",
 }
 _NEEDS_CUDA = {"flash"}
+_WIDTH = 20  # of names
+_ANSWER = 10.0  # seconds that a server has
 
 
 @dataclass
@@ -48,33 +52,54 @@ class Finding:
 
 @clear
 def doctor(
+    vllm_server: Annotated[
+        str | None, typer.Option(metavar="URL", help="Ask this vLLM server, too, what it serves and takes.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
     """Say what is here, what is missing, and what can be trained.
 
     Exit code 1 when nothing can be. Example: `hydratune doctor`
     """
-    found: dict[str, list[Finding]] = {"packages": packages()}
-    found["optional packages"] = optional()
-    working = all(f.level != "bad" for f in found["packages"])
-    try:
-        from hydratune.tracking import quiet_libraries
-
-        quiet_libraries()
-        found["devices"] = devices()
-        found["attention"] = backends()
-        found["algorithms"], found["adapters"] = verdicts()
-    except ImportError as error:  # a broken installation is what this is for
-        found["devices"] = [Finding("training", "bad", f"cannot be imported: {error}", "pip install -e .")]
-        working = False
-    found["accounts"], found["room"] = accounts(), room()
-    able = working and any(f.level != "bad" for f in found.get("algorithms", []))
-    if as_json:
+    if vllm_server is not None and not vllm_server.startswith(("http://", "https://")):
+        fix = "give http://HOST:PORT"
+        raise UserError(Violation("--vllm-server", vllm_server, "is no address of a server", fix))
+    shown = None if as_json else Console()
+    found: dict[str, list[Finding]] = {}
+    for title, look in (
+        ("packages", packages), ("optional packages", optional), ("devices", devices), ("attention", backends),
+        ("algorithms", algorithms), ("adapters", adapters), ("completions of PPO and GRPO", lambda: sampling(vllm_server)),
+        ("accounts", accounts), ("room", room),
+    ):  # fmt: skip
+        if shown is not None:
+            terminal.say(shown, Text(title, style="bold"))
+        found[title] = []
+        try:
+            for finding in look():
+                found[title].append(finding)
+                if shown is not None:
+                    _show(shown, finding)  # at once: what comes next may have to import torch
+        except ImportError as error:  # a broken installation is what this is for
+            found[title].append(Finding(title, "bad", f"cannot be imported: {error}", "pip install -e ."))
+            if shown is not None:
+                _show(shown, found[title][-1])
+    able = all(f.level != "bad" for f in found["packages"])
+    able = able and any(f.level != "bad" for f in found["algorithms"])
+    if shown is None:
         print(json.dumps({"able": able, **{k: [asdict(f) for f in v] for k, v in found.items()}}, indent=2))
     else:
-        _show(Console(), found, able)
+        verdict = "training works here" if able else "training cannot work here: see ✗ above"
+        terminal.say(shown, Text(verdict, style="green" if able else "red"))
     if not able:
         raise typer.Exit(1)
+
+
+def _show(console: Console, finding: Finding) -> None:
+    mark, style = {"ok": ("✓", "green"), "note": ("–", "yellow"), "bad": ("✗", "red")}[finding.level]
+    line = Text.assemble("  ", (mark, style), f" {finding.name:<{_WIDTH}}", finding.says)
+    terminal.say(console, line)
+    if finding.fix:
+        terminal.say(console, Text(f"    {'':<{_WIDTH}}→ {finding.fix}", style="dim"))
 
 
 # ------------------------------------------------------------------ packages
@@ -255,27 +280,31 @@ def accounts() -> list[Finding]:
 # ------------------------------------------------------------------ verdicts
 
 
-def verdicts() -> tuple[list[Finding], list[Finding]]:
-    """For each algorithm and each adapter what `train.py` would say to it here."""
+def algorithms() -> Iterator[Finding]:
+    """For each algorithm what `train.py` would say to it here."""
     from hydratune import algos
-    from hydratune.checks_model import device_facts
+
+    yield from (_verdict(name, f"algo={name}") for name in algos.names())
+
+
+def adapters() -> Iterator[Finding]:
+    """The same for each adapter."""
     from hydratune.command import entries
 
-    device = device_facts()
-    where = "on the CPU, small models" if device.kind == "cpu" else f"on {device.count} × {device.name}"
-    algorithms = [_verdict(name, [f"algo={name}"], device, where) for name in algos.names()]
-    adapters = [_verdict(name, [f"peft={name}"], device, where) for name in entries("peft")]
-    return algorithms, adapters
+    yield from (_verdict(name, f"peft={name}") for name in entries("peft"))
 
 
-def _verdict(name: str, overrides: list[str], device: Any, where: str) -> Finding:
+def _verdict(name: str, override: str) -> Finding:
     from hydratune import algos
     from hydratune.checks import check_settings
-    from hydratune.checks_model import check_device
+    from hydratune.checks_model import check_device, device_facts
     from hydratune.command import settings_of
+    from hydratune.tracking import quiet_libraries
 
+    quiet_libraries()
+    device = device_facts()
     try:
-        settings = settings_of([*overrides, "tracking=none"])
+        settings = settings_of([override, "tracking=none"])
         wrong = check_settings(settings).merge(check_device(settings, device)).errors
         algos.classes(settings.algo)
     except UserError as error:
@@ -286,19 +315,40 @@ def _verdict(name: str, overrides: list[str], device: Any, where: str) -> Findin
         return Finding(
             name, "bad", "; ".join(v.why for v in wrong), "; ".join(dict.fromkeys(v.fix for v in wrong))
         )
+    where = "on the CPU, small models" if device.kind == "cpu" else f"on {device.count} × {device.name}"
     return Finding(name, "ok", f"ready, {where}")
 
 
-def _show(console: Console, found: dict[str, list[Finding]], able: bool) -> None:
-    marks = {"ok": ("✓", "green"), "note": ("–", "yellow"), "bad": ("✗", "red")}
-    width = max(len(f.name) for rows in found.values() for f in rows) + 2
-    for title, rows in found.items():
-        terminal.say(console, Text(title, style="bold"))
-        for f in rows:
-            mark, style = marks[f.level]
-            line = Text.assemble("  ", (mark, style), f" {f.name:<{width}}", f.says)
-            terminal.say(console, line)
-            if f.fix:
-                terminal.say(console, Text(f"    {'':<{width}}→ {f.fix}", style="dim"))
-    verdict = "training works here" if able else "training cannot work here: see ✗ above"
-    terminal.say(console, Text(verdict, style="green" if able else "red"))
+def sampling(url: str | None) -> Iterator[Finding]:
+    """What can complete prompts for PPO and GRPO: our sampler, and a vLLM server where its address is given."""
+    from hydratune.vllm_server import KEY, START, Refused, VLLMServer
+
+    yield Finding("own sampler", "ok", "works here, nothing else is needed")
+    whole, adapter = (START[kind].format("MODEL") for kind in (False, True))
+    if url is None:
+        try:
+            here = f"vllm {metadata.version('vllm')} is installed here"
+        except metadata.PackageNotFoundError:
+            here = "vllm is not installed here"
+        fix = f"where there is a CUDA GPU: pip install vllm; {whole}; then {KEY}=URL, and --vllm-server URL here asks it"
+        yield Finding("vLLM server", "note", f"optional; no address was given; {here}", fix)
+        return
+    name = f"vLLM {url}"
+    try:
+        served, takes_weights, takes_adapters = VLLMServer(
+            url, timeout=_ANSWER, folder=Path(), adapter=False
+        ).offers()
+    except Refused as error:
+        yield Finding(name, "bad", str(error), f"start it: {whole}; or leave {KEY} out")
+        return
+    takes = [word for word, can in (("whole weights", takes_weights), ("adapters", takes_adapters)) if can]
+    says = f"serves {', '.join(served) or 'nothing'}, takes {' and '.join(takes) or 'no weights'}"
+    missing = [how for how, can in ((whole, takes_weights), (adapter, takes_adapters)) if not can]
+    fix = (
+        f"for the other start it so: {missing[0]}"
+        if takes and missing
+        else ""
+        if takes
+        else f"start it so: {whole}"
+    )
+    yield Finding(name, "ok" if takes and served else "bad", says, fix)

@@ -39,7 +39,10 @@ def evaluate(
     home: Home = HOME,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
 ) -> None:
-    """Evaluate a run's model: loss, verified answers, reward, win rate.
+    """Evaluate a run's model: loss, verified answers, reward, win rate, each with its standard error.
+
+    Errors take rows as independent and the tokens of a row as not. PPO and GRPO are judged twice: `sampled` as in training,
+    with its rewards, and by greedy completions.
 
     Example: `hydratune eval latest data=gsm8k --reward-model RUN`
     """
@@ -113,9 +116,12 @@ def _number(name: str, value: float) -> str:
     )
 
 
-def _with_error(name: str, found: dict[str, Any]) -> str:
-    error = found["standard_error"]
-    return _number(name, found["mean"]) + ("" if error is None else f" ± {_number(name, error)}")
+def _with_error(name: str, value: float, error: float | None) -> str:
+    return _number(name, value) + ("" if error is None else f" ± {_number(name, error)}")
+
+
+def _of(name: str, found: dict[str, Any]) -> str:
+    return _with_error(name, found["mean"], found["standard_error"])
 
 
 def _show(console: Console, report: dict[str, Any]) -> None:
@@ -124,26 +130,31 @@ def _show(console: Console, report: dict[str, Any]) -> None:
         ("run", f"{report['run']} ({report['algo']})"),
         ("rows", f"{report['rows']:,}, {report['of']}{tokens}"),
     ]
-    first = ("loss", "perplexity")
+    first, errors = ("loss", "perplexity"), report["standard_errors"]
     metrics = {k: report["metrics"][k] for k in first if k in report["metrics"]} | report["metrics"]
-    rows += [(_NAMES.get(k, k), _number(k, v)) for k, v in metrics.items() if isinstance(v, int | float)]
+    for key, value in metrics.items():
+        if isinstance(value, int | float):
+            rows.append((_name(key, report, "sampled"), _with_error(key, value, errors.get(key))))
     made = report.get("completions")
+    how = ""
     if made:
         how = "greedy" if not made["temperature"] else f"temperature {made['temperature']:g}"
         rows.append(("completions", f"{made['count']}, {how}, of up to {made['max_new_tokens']} tokens"))
     other = report.get("against") or {}
     for key in ("verified_accuracy", "reward"):
         if key in report:
-            text = f"{_with_error(key, report[key])}, {report[key]['count']} rows"
-            rows.append(
-                (
-                    _NAMES[key],
-                    text + (f"; {other['name']}: {_with_error(key, other[key])}" if key in other else ""),
-                )
-            )
+            text = f"{_of(key, report[key])}, {report[key]['count']} rows"
+            also = f"; {other['name']}: {_of(key, other[key])}" if key in other else ""
+            rows.append((_name(key, report, how), text + also))
     if win := report.get("win_rate"):
         counts = f"{win['won']} won, {win['lost']} lost, {win['tied']} tied"
-        rows.append(("win rate", f"{_with_error('win_rate', win)} against {other['name']}: {counts}"))
+        rows.append(("win rate", f"{_of('win_rate', win)} against {other['name']}: {counts}"))
     terminal.facts(console, rows)
-    if made or report.get("win_rate"):
+    if made or errors:
         terminal.say(console, "± one standard error")
+
+
+def _name(key: str, report: dict[str, Any], how: str) -> str:
+    """What a row is called; of PPO and GRPO, which judge completions twice, with how these were made."""
+    twice = report["sampled"] and key in ("verified_accuracy", "reward")
+    return _NAMES.get(key, key) + (f", {how}" if twice else "")

@@ -13,6 +13,7 @@ import transformers
 
 from hydratune import algos, attention, checks_model
 from hydratune.adapters import base_of_adapter
+from hydratune.algos.online_evaluation import EvaluatingTrainer
 from hydratune.completions import Completions
 from hydratune.data.builtin import answered, verify
 from hydratune.data.format import format_rows
@@ -84,20 +85,28 @@ class Evaluation:
             transformers.Trainer._load_from_checkpoint(self.trainer, str(place.folder))
 
     def measured(self) -> dict[str, Any]:
-        """What the run's own evaluation gives."""
+        """What the run's own evaluation gives, with the standard errors of what is a mean over rows.
+
+        `sampled` tells that it judged completions sampled as in training, as PPO and GRPO do.
+        """
         found = self.trainer.evaluate()
         metrics = {k.removeprefix("eval_"): v for k, v in found.items() if k.startswith("eval_")}
         metrics = {k: v for k, v in metrics.items() if k not in _QUIET}
         likelihood = self.settings.algo == "sft" and self.trainer.args.loss_type == "nll"
         if likelihood and "loss" in metrics:
             metrics["perplexity"] = math.exp(min(metrics["loss"], 700.0))
+        errors = {k: v for k, v in self.trainer.meters["eval"].standard_errors().items() if k in metrics}
+        if "perplexity" in metrics and "loss" in errors:
+            errors["perplexity"] = metrics["perplexity"] * errors["loss"]  # d exp(x) = exp(x) dx
         return {
             "run": self.place.name,
             "algo": self.settings.algo,
             "rows": self.prepared.rows or len(self.rows),
             "of": self._of(),
             "tokens": self.prepared.tokens or None,
+            "sampled": issubclass(self.trainer_class, EvaluatingTrainer),
             "metrics": metrics,
+            "standard_errors": errors,
         }
 
     def _of(self) -> str:
