@@ -167,6 +167,9 @@ def _sampling_fits(case: Case) -> Iterator[Problem]:
         case, "temperature", "top_k", "max_prompt_length", "local_rollout_forward_batch_size", "response_length",
         "max_completion_length",
     )  # fmt: skip
+    if options.get("compile_layers"):
+        why = "sampling would compile them again for each length of its cache"
+        yield Violation("algo.compile_layers", True, why, "leave it out: it is for sft, reward, dpo and kto")
     for name in ("top_p", "min_p"):
         value = options.get(name)
         if value is not None and not (0 < value <= 1 if name == "top_p" else 0 <= value <= 1):

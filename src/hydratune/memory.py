@@ -381,9 +381,11 @@ def needs_checkpointing(load: Load, available: int) -> bool:
 
 
 def model_needs_checkpointing(model: Any, args: Any) -> bool:
-    """`gradient_checkpointing: null` for a model that is there, on the CUDA device that it will train on."""
+    """`gradient_checkpointing: null` for a model that is there: whether the CUDA device needs it; a CPU never."""
     import torch
 
+    if args.device.type != "cuda":
+        return False
     width = next(model.parameters()).element_size()
     load = load_of(model, args, width=width, length=getattr(args, "max_length", None) or 1024, device="cuda")
     return needs_checkpointing(load, torch.cuda.get_device_properties(0).total_memory)

@@ -128,13 +128,30 @@ def host_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def gpu_metrics(tokens_per_second: float | None, model: Any, devices: int) -> dict[str, float]:
-    """Peak memory in GiB, and model FLOPs utilisation: 6 FLOPs per parameter and token over the dense bf16 peak."""
+def device_metrics(
+    device: str, tokens_per_second: float | None, model: Any, devices: int
+) -> dict[str, float]:
+    """Peak memory in GiB, of a CPU what was resident; on CUDA also `utilisation`, as mfu.
+
+    Args:
+        device: its type, "cpu", "cuda", ….
+    """
+    if device != "cuda":
+        return {"peak_memory_gib": host_peak() / 2**30}
     metrics = {"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-    name = torch.cuda.get_device_name()
+    share = utilisation(tokens_per_second, model, devices)
+    return metrics if share is None else metrics | {"mfu": share}
+
+
+def utilisation(tokens_per_second: float | None, model: Any, devices: int = 1) -> float | None:
+    """Model FLOPs utilisation: 6 FLOPs per trained parameter and token, 4 per frozen one, over the dense bf16 peak of CUDA devices.
+
+    None of a device whose peak is not known here, or without a speed.
+    """
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
-    if peak and tokens_per_second:
-        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        metrics["mfu"] = (6 * trained + 4 * frozen) * tokens_per_second / (peak * devices)
-    return metrics
+    if peak is None or not tokens_per_second:
+        return None
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (6 * trained + 4 * frozen) * tokens_per_second / (peak * devices)

@@ -15,6 +15,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
 
 from hydratune import SFTConfig, SFTTrainer, UserError, attention, merge_adapter
+from hydratune.compiling import compile_layers
 from hydratune.data.builtin import arithmetic
 from hydratune.meter import host_peak
 from hydratune.models import ModelRecipe, byte_tokenizer
@@ -136,6 +137,26 @@ def test_gradient_checkpointing_and_offloading_change_nothing(tmp_path):
     assert offloaded["loss"] == plain["loss"]
 
 
+@pytest.mark.parametrize("attn", ["sdpa", attention.NAME])
+def test_compiled_layers_change_nothing(tmp_path, monkeypatch, attn):
+    """Traced by the compiler and run without its code generator, which takes a minute on a CPU."""
+    counted = []
+
+    def traced(model):
+        counted.append(compile_layers(model, backend="eager"))
+
+    monkeypatch.setattr("hydratune.algos.base.compile_layers", traced)
+    plain = trajectory(trainer(tmp_path / "a", max_steps=4, attn_implementation=attn))
+    compiled = trainer(tmp_path / "b", max_steps=4, attn_implementation=attn, compile_layers=True)
+    names = [*compiled.model.state_dict()]
+    found = trajectory(compiled)
+    for key, values in plain.items():
+        assert found[key] == pytest.approx(values, rel=1e-5)
+    layers = compiled.model.model.layers
+    assert counted == [len(layers)] and all(layer._compiled_call_impl is not None for layer in layers)
+    assert names == [*trainer(tmp_path / "c").model.state_dict()]
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step: int):
         self.step = step
@@ -204,7 +225,7 @@ def test_memory_is_logged_on_the_cpu_where_it_is_logged_at_all(tmp_path, monkeyp
         asked.append(host_peak())
         return asked[-1]
 
-    monkeypatch.setattr("hydratune.algos.base.host_peak", peak)
+    monkeypatch.setattr("hydratune.meter.host_peak", peak)
     run = trainer(tmp_path, logging_steps=5)
     run.train()
     logged = [e["peak_memory_gib"] * 2**30 for e in run.state.log_history if "peak_memory_gib" in e]

@@ -44,6 +44,8 @@ WRONG = [
     ("kto", {"per_device_eval_batch_size": 1}, {"evaluates": True}, "trainer.per_device_eval_batch_size"),
     ("reward", {"center_rewards_coefficient": -0.1}, {}, "algo.center_rewards_coefficient"),
     ("reward", {"train_sampling_strategy": "group_by_length"}, {}, "trainer.train_sampling_strategy"),
+    ("ppo", {"compile_layers": True}, {}, "algo.compile_layers"),
+    ("grpo", {"compile_layers": True}, {}, "algo.compile_layers"),
 ]
 RIGHT = [
     ("dpo", {}, {"adapter": True, "streaming": True, "evaluates": True}),

@@ -46,6 +46,9 @@ class BaseConfig(transformers.TrainingArguments):
     activation_offloading: bool = option(
         False, "Keep activations in host memory between forward and backward."
     )
+    compile_layers: bool = option(
+        False, "Compile each layer of the model (regional torch.compile); pays off in long runs on a GPU."
+    )
     router_aux_loss_coef: float | None = option(
         None, "Weight of a mixture-of-experts' balance loss; null: the model's."
     )

@@ -27,9 +27,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from hydratune import adapters, attention
 from hydratune.algos.arguments import BaseConfig, check_options, config_of, once
 from hydratune.checkpoints import COUNTERS
+from hydratune.compiling import compile_layers
 from hydratune.errors import TrainingFailed, UserError, Violation
 from hydratune.fused_head import base_of, is_exact
-from hydratune.meter import Meter, gpu_metrics, host_peak
+from hydratune.memory import model_needs_checkpointing
+from hydratune.meter import Meter, device_metrics
 from hydratune.models import ModelRecipe, load_tokenizer, settle_tokenizer
 from hydratune.packing import packs
 from hydratune.secrets import unsaved
@@ -133,10 +135,10 @@ class BaseTrainer(transformers.Trainer):
         self._check_rows(
             args, config_of_model, {name: part for name, part in rows.items() if part is not None}
         )
-        self.make_ready(model, args, processing_class)
+        self._settle(model, args, processing_class)
         data_collator = data_collator or self.collator(args, processing_class, model)
         if args.auto_checkpointing:
-            args.use_checkpointing(self._memory_needs_checkpointing(model, args))
+            args.use_checkpointing(model_needs_checkpointing(model, args))
         self.meters = {"train": Meter(), "eval": Meter()}
         self.num_tokens = 0
         self._window_start: float | None = None
@@ -254,12 +256,10 @@ class BaseTrainer(transformers.Trainer):
     @classmethod
     def steps_of(cls, args: Any, rows: int, world_size: int) -> int:
         """Update steps of a run."""
+        if args.max_steps > 0:
+            return args.max_steps
         per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
-        return (
-            args.max_steps
-            if args.max_steps > 0
-            else math.ceil(math.ceil(rows / per_step) * args.num_train_epochs)
-        )
+        return math.ceil(math.ceil(rows / per_step) * args.num_train_epochs)
 
     def make_ready(self, model: Any, args: Any, tokenizer: Any) -> None:
         """Settle what depends on the model, in the model or in the arguments; of every fresh model too.
@@ -279,13 +279,6 @@ class BaseTrainer(transformers.Trainer):
         return attention.choose(
             args.device.type, packed=packs(args), config=config, shared=self.goal != "tokens"
         )
-
-    def _memory_needs_checkpointing(self, model: Any, args: Any) -> bool:
-        if args.device.type != "cuda":
-            return False
-        from hydratune import memory
-
-        return memory.model_needs_checkpointing(model, args)
 
     def fresh_model(self) -> Any:
         """A pristine model: from the recipe, or from the `model_init` that was given.
@@ -323,8 +316,13 @@ class BaseTrainer(transformers.Trainer):
 
     def _ready_model(self, trial: Any = None) -> Any:
         model = self.fresh_model()
-        self.make_ready(model, self.args, self.processing_class)
+        self._settle(model, self.args, self.processing_class)
         return model
+
+    def _settle(self, model: Any, args: Any, tokenizer: Any) -> None:
+        self.make_ready(model, args, tokenizer)
+        if args.compile_layers:
+            compile_layers(model)
 
     def _wrapped(self, model: Any, seed: int) -> Any:
         with torch.random.fork_rng():
@@ -404,11 +402,8 @@ class BaseTrainer(transformers.Trainer):
             metrics["tokens_per_second"] = tokens / spent
             metrics |= self.rates(spent)
         self._window_start, self._idle = now, 0.0
-        if self.args.device.type == "cuda":
-            metrics |= gpu_metrics(metrics.get("tokens_per_second"), self.model, self.args.world_size)
-        else:
-            metrics["peak_memory_gib"] = host_peak() / 2**30
-        return metrics
+        speed, args = metrics.get("tokens_per_second"), self.args
+        return metrics | device_metrics(args.device.type, speed, self.model, args.world_size)
 
     def derived(self, metrics: dict[str, float]) -> dict[str, float]:
         """Metrics that are made of others, once these are divided."""
