@@ -128,10 +128,10 @@ def figures(found: dict[str, dict[str, Any]], unit: str) -> str:
             f"{speed(ours, own, unit, 'cpu_seconds'):.2f}×",
             f"{own['peak_mib']:.0f}",
             f"{ours['peak_mib'] / own['peak_mib']:.2f}",
-            f"{own['first_step']:.1f}",
+            "–" if own.get("first_step") is None else f"{own['first_step']:.1f}",
         ]
         if ours.get("mfu") is not None:
-            cells.append(f"{own['mfu']:.0%}")
+            cells.append(f"{own['mfu']:.1%}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ environment that `peers/setup_trl_ppo.sh` makes (here, if need be); GRPO against
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import math
@@ -27,6 +28,7 @@ from typing import Any
 
 # Nothing heavy here: on Linux a process starts with its parent's peak memory as its own.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+from arms import BEST, DEFAULTS, OURS
 from settings import Settings
 
 BENCH = Path(__file__).resolve().parent
@@ -42,16 +44,22 @@ MIXED = {"per_device_train_batch_size": 16, "response_length": 128, "num_ppo_epo
          "vocabulary": "large", "hidden": 128, "layers": 4, "episodes": 32, "max_grad_norm": 0.0,
          "reward": "verify"}  # fmt: skip
 STOPS = 1 / 48  # of each token, the chance of being EOS, in the mixed case
+# for a GPU: half a billion parameters but for the MLP, which is three times as wide as the model
+HALF = {"per_device_train_batch_size": 64, "response_length": 256, "num_ppo_epochs": 1, "learning_rate": 1e-6,
+        "vocabulary": "large", "hidden": 896, "layers": 24, "heads": 14, "kv_heads": 2, "episodes": 256,
+        "max_grad_norm": 0.0, "reward": "digits"}  # fmt: skip
 LEARNS = {"episodes": 1024, "kl_coef": 0.01, "learning_rate": 3e-3}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo": ("ppo", PPO),
     "ppo-reward-model": ("ppo", PPO | {"reward": "model"}),
     "ppo-50k": ("ppo", PPO | LARGE | {"reward": "verify"}),
     "ppo-mixed": ("ppo", MIXED),
+    "ppo-half-b": ("ppo", HALF),
     "ppo-learns": ("ppo", PPO | LEARNS),
     "grpo": ("grpo", GRPO),
     "grpo-reward-model": ("grpo", GRPO | {"reward": "model"}),
     "grpo-50k": ("grpo", GRPO | LARGE),
+    "grpo-half-b": ("grpo", HALF | {"num_generations": 8, "temperature": 1.0}),
     "grpo-learns": ("grpo", GRPO | LEARNS),
 }
 SCORES = {"ppo": "objective/scores", "grpo": "reward"}  # the logs' mean reward of a rollout
@@ -71,7 +79,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of each arm")
     parser.add_argument("--peer-env", default=str(PEERS / ".venv-trl-ppo"), help="folder, for TRL's PPO")
+    parser.add_argument("--cuda", action="store_true", help="on a GPU, under bf16 autocast")
     parser.add_argument("--append", action="store_true", help="write a section into RESULTS.md")
+    parser.add_argument("--json", help="file for the figures of the one case, for suite.py")
     parser.add_argument("--prepare", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := sorted(set(options.cases) - CASES.keys()):
@@ -79,6 +89,7 @@ def parse() -> argparse.Namespace:
     if not options.cases:
         options.cases = [name for name in CASES if options.tokenizer or not _is_large(name)]
         options.cases = [name for name in options.cases if options.questions or name != "ppo-mixed"]
+        options.cases = [name for name in options.cases if options.cuda or not name.endswith("half-b")]
     elif "ppo-mixed" in options.cases and options.questions is None:
         parser.error("ppo-mixed needs --questions, a file of prompts")
     elif options.tokenizer is None and any(map(_is_large, options.cases)):
@@ -97,6 +108,7 @@ def prepare(case: str, folder: Path, options: argparse.Namespace) -> None:
 
     algo, values = CASES[case]
     values = values | {"vocabulary": options.tokenizer if _is_large(case) else "byte"}
+    values |= {"use_cpu": False, "bf16": True} if options.cuda else {}
     path = arithmetic_settings(folder, options.prompts, **values)
     settings = Settings.read(path)
     tokenizer = load_tokenizer(settings)
@@ -155,12 +167,22 @@ def run(command: list[str], threads: int, what: str) -> str:
     return done.stdout
 
 
-def arms(algo: str, options: argparse.Namespace) -> dict[str, list[str]]:
-    """Commands by arm, to which the settings' path is added."""
+# what TRL does unless told otherwise, and costs time; what is sampled and trained on stays the same
+TRL_DEFAULTS = {
+    "gradient_checkpointing": True,
+    "bf16": True,
+    "gc_freeze": False,
+    "local_rollout_forward_batch_size": 64,
+}
+
+
+def arms(algo: str, options: argparse.Namespace) -> dict[str, tuple[list[str], dict[str, Any]]]:
+    """(command, to which the settings' path is added; what its settings have of their own) by arm."""
     ours = [sys.executable, str(PEERS / "ours_rl.py"), algo]
+    peer = [sys.executable, str(PEERS / "trl_grpo.py")]
     if algo == "ppo":
-        return {"ours": ours, "TRL": [f"{options.peer_env}/bin/python", str(PEERS / "trl_ppo.py")]}
-    return {"ours": ours, "TRL": [sys.executable, str(PEERS / "trl_grpo.py")]}
+        peer = [f"{options.peer_env}/bin/python", str(PEERS / "trl_ppo.py")]
+    return {OURS: (ours, {}), DEFAULTS: (peer, TRL_DEFAULTS), BEST: (peer, {})}
 
 
 def late_reward(algo: str, result: dict[str, Any]) -> float:
@@ -177,15 +199,17 @@ def compare(case: str, options: argparse.Namespace) -> dict[str, list[dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         more = [] if options.tokenizer is None else ["--tokenizer", options.tokenizer]
         more += [] if options.questions is None else ["--questions", options.questions]
+        more += ["--cuda"] if options.cuda else []
         command = [sys.executable, __file__, case, "--prompts", str(options.prompts), *more]
         run([*command, "--prepare", folder], options.threads, f"preparing {case}")
         path = Path(folder) / "settings.json"
         for turn in range(options.rounds):
-            settings = Settings.read(path)
-            settings.seed = turn
-            settings.write(path)
-            for name, start in arms(algo, options).items():
-                said = run([*start, str(path)], options.threads, f"{case}, {name}")
+            for name, (start, own) in arms(algo, options).items():
+                settings = Settings.read(path)
+                settings.seed = turn
+                own_path = path.with_name("arm.json")
+                dataclasses.replace(settings, **own).write(own_path)
+                said = run([*start, str(own_path)], options.threads, f"{case}, {name}")
                 result = json.loads(said.splitlines()[-1])
                 assert result["optimizer_steps"] == result["optimizer_steps_meant"], (case, name)
                 assert result["threads"] == options.threads
@@ -196,7 +220,7 @@ def compare(case: str, options: argparse.Namespace) -> dict[str, list[dict[str, 
 
 
 COLUMNS = (
-    "case", "arm", "episodes/s", "ours is faster by", "by CPU time", "generation s", "peak RSS MiB", "ours / theirs",
+    "case", "arm", "episodes/s", "ours is faster by", "by CPU time", "generation s", "peak memory MiB", "ours / theirs",
     "of it by training", "reward at the end",
 )  # fmt: skip
 
@@ -210,7 +234,21 @@ def _cpu(result: dict[str, Any]) -> float:
 
 
 def _memory(result: dict[str, Any]) -> float:
-    return result["peak_rss_mib"]
+    return result["peak_cuda_mib"] or result["peak_rss_mib"]
+
+
+def shared_figures(found: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The names that all benchmarks' figures have (`arms.measure`), medians over rounds."""
+    made = {}
+    for arm, results in found.items():
+        columns = {
+            "seconds": [r["seconds_after_first"] for r in results],
+            "cpu_seconds": [_cpu(r) for r in results],
+            "episodes": [r["episodes"] * (1 - 1 / r["rollouts"]) for r in results],
+            "peak_mib": [_memory(r) for r in results],
+        }
+        made[arm] = {name: statistics.median(values) for name, values in columns.items()}
+    return made
 
 
 def lines(case: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -223,7 +261,7 @@ def lines(case: str, found: dict[str, list[dict[str, Any]]]) -> list[str]:
     for arm in found:
         rewards = [r["late_reward"] for r in found[arm]]
         own = [
-            case if arm == "ours" else "",
+            case if arm == OURS else "",
             arm,
             f"{median(arm, _speed):.1f}",
             f"{median('ours', _speed) / median(arm, _speed):.2f}×",
@@ -266,10 +304,10 @@ def main() -> None:
     for case in options.cases:
         found = compare(case, options)
         table += lines(case, found)
-        own = found["ours"][0]["versions"]
+        own = found[OURS][0]["versions"]
         versions |= {name: own[name] for name in ("torch", "transformers")}
-        versions[f"TRL ({CASES[case][0].upper()})"] = found["TRL"][0]["versions"]["trl"]
-        same = found["TRL"][0]["versions"]
+        versions[f"TRL ({CASES[case][0].upper()})"] = found[BEST][0]["versions"]["trl"]
+        same = found[BEST][0]["versions"]
         assert all(same[name] == own[name] for name in ("torch", "transformers")), (own, same)
     said = ", ".join(f"{name} {number}" for name, number in versions.items())
     head = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
@@ -280,6 +318,14 @@ def main() -> None:
         + "\n".join(table)
     )
     print(text)
+    if options.json:
+        figures = {
+            "case": options.cases[-1],
+            "unit": "episodes",
+            "arms": shared_figures(found),
+            "table": text,
+        }
+        Path(options.json).write_text(json.dumps(figures), encoding="utf-8")
     if options.append:
         with (BENCH / "RESULTS.md").open("a", encoding="utf-8") as results:
             results.write(f"\n{text}\n")

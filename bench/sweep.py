@@ -9,20 +9,22 @@
 
 All train the same architecture on the same rows for the same steps, evaluate once at the end and save the model; none
 logs to W&B or completes samples. Overhead is the wall time of the whole command, imports included, less the time in
-training and evaluation (`train_runtime` and `eval_runtime`, which every arm's Trainer measures itself), by trial.
+training and evaluation (`train_runtime` and `eval_runtime`, which every arm's Trainer measures itself), by trial; with
+`--workers` above 1 trials overlap, and only the whole trial and trials an hour mean something.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from arms import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,6 +39,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cold-trials", type=int, default=5, help="of the cold arm, whose trials are all alike"
     )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="trials of ours at the same time, on one device"
+    )
+    parser.add_argument("--json", help="file for the figures, for suite.py")
     parser.add_argument("--trl", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -68,7 +74,9 @@ def spent(folders: list[Path]) -> float:
 def ours(options: argparse.Namespace, folder: Path) -> tuple[float, float, int]:
     values = ",".join(map(str, rates(options.trials)))
     start = time.perf_counter()
-    train("-m", f"lr={values}", *settings(options), f"output_dir={folder}")
+    train(
+        "-m", f"lr={values}", *settings(options), f"sweep.workers={options.workers}", f"output_dir={folder}"
+    )
     wall = time.perf_counter() - start
     trials = [folder / str(i) for i in range(options.trials)]
     return wall, spent(trials), options.trials
@@ -105,6 +113,7 @@ def trl(options: argparse.Namespace, folder: Path) -> tuple[float, float, int]:
 def trl_loop(options: argparse.Namespace) -> None:
     """The Optuna loop of the third arm; prints the seconds in training and evaluation."""
     import optuna
+    import torch
     import yaml
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
@@ -114,6 +123,7 @@ def trl_loop(options: argparse.Namespace) -> None:
     from hydratune.models import byte_tokenizer
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    cuda = torch.cuda.is_available()
     tokenizer = byte_tokenizer()
     fields = yaml.safe_load((ROOT / "conf/model/tiny.yaml").read_text())["model"]["architecture"]
     config = AutoConfig.for_model(**fields, vocab_size=len(tokenizer))
@@ -131,8 +141,8 @@ def trl_loop(options: argparse.Namespace) -> None:
         set_seed(42)
         args = SFTConfig(
             output_dir=f"trl/{trial.number}", max_steps=options.steps, learning_rate=rate, per_device_train_batch_size=32,
-            per_device_eval_batch_size=32, report_to="none", bf16=False, gradient_checkpointing=False, disable_tqdm=True,
-            lr_scheduler_type="cosine", warmup_steps=0.03, eval_strategy="no", save_strategy="no", use_cpu=True,
+            per_device_eval_batch_size=32, report_to="none", bf16=cuda, gradient_checkpointing=False, disable_tqdm=True,
+            lr_scheduler_type="cosine", warmup_steps=0.03, eval_strategy="no", save_strategy="no", use_cpu=not cuda,
         )  # fmt: skip
         trainer = SFTTrainer(
             model=AutoModelForCausalLM.from_config(config),
@@ -168,17 +178,22 @@ def main() -> None:
                 f"round {index + 1}, {name}: {found[name][-1][0]:.2f} s overhead a trial, {wall:.1f} s in all",
                 file=sys.stderr,
             )
-    import torch
-    import transformers
-
-    print(
-        f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}; {options.trials} trials of {options.steps} steps\n"
-    )
-    print("| arm | overhead a trial, s | whole trial, s | overhead against ours |\n|---|---|---|---|")
-    mine = statistics.median(o for o, _ in found["ours"])
+    mine = statistics.median(overhead for overhead, _ in found["ours"])
+    lines = [
+        f"{machine()}; {options.trials} trials of {options.steps} steps, {options.workers} at a time (ours)\n",
+        "| arm | overhead a trial, s | whole trial, s | trials an hour | overhead against ours |\n|---|---|---|---|---|",
+    ]
+    arms_found = {}
     for name, pairs in found.items():
         overhead, whole = (statistics.median(p[i] for p in pairs) for i in (0, 1))
-        print(f"| {name} | {overhead:.2f} | {whole:.2f} | {overhead / mine:.1f}× |")
+        arms_found[name] = {"overhead": overhead, "whole": whole}
+        lines.append(
+            f"| {name} | {overhead:.2f} | {whole:.2f} | {3600 / whole:.0f} | {overhead / mine:.1f}× |"
+        )
+    print("\n".join(lines))
+    if options.json:
+        figures = {"case": "sweep", "unit": "trials", "arms": arms_found, "table": "\n".join(lines)}
+        Path(options.json).write_text(json.dumps(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

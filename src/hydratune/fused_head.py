@@ -36,26 +36,31 @@ class Stats:
     correct: torch.Tensor | None = None
 
 
-def select(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def select(
+    hidden: torch.Tensor, labels: torch.Tensor, labelled: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The states that predict a labelled token, and those tokens.
 
     Args:
         hidden: [B, S, H]; of S > T only the last T belong to `labels` (virtual tokens of an adapter come first).
-        labels: unshifted, [B, T], -100 outside the loss.
+        labels: unshifted, [B, T], -100 outside the loss and on what nothing predicts.
+        labelled: how many labels there are; None: found here, for which a GPU is waited for.
 
     Returns:
         rows [N, H] and targets [N].
     """
     length = labels.shape[1]
-    shifted, positions = _labelled(labels)
+    shifted, positions = _labelled(labels, labelled)
     rows = hidden[:, -length:].reshape(-1, hidden.shape[-1])
     return rows.index_select(0, positions), shifted.index_select(0, positions)
 
 
-def _labelled(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _labelled(labels: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels as what each position predicts, [B·T], and the positions [N] that predict a labelled token."""
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    return shifted, (shifted != IGNORED).nonzero().squeeze(1)
+    there = shifted != IGNORED
+    positions = there.nonzero() if count is None else there.nonzero_static(size=count)
+    return shifted, positions.squeeze(1)
 
 
 def by_document(
@@ -199,19 +204,26 @@ class FusedHead(Head):
         model: a causal LM, wrapped in an adapter or a parallel wrapper or not.
         labels: unshifted, [B, T], -100 outside the loss.
         loss_type, want_stats: as for `linear_cross_entropy`.
+        labelled: as for `select`.
     """
 
     loss_sum: torch.Tensor
     stats: Stats
 
     def __init__(
-        self, model: nn.Module, labels: torch.Tensor, loss_type: str = "nll", want_stats: bool = False
+        self,
+        model: nn.Module,
+        labels: torch.Tensor,
+        loss_type: str = "nll",
+        want_stats: bool = False,
+        labelled: int | None = None,
     ) -> None:
         super().__init__(model)
+        self._labelled = labelled
         self._labels, self._loss_type, self._want_stats = labels, loss_type, want_stats
 
     def _forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        rows, targets = select(hidden, self._labels)
+        rows, targets = select(hidden, self._labels, self._labelled)
         if plain := self._linear(rows):
             rows, weight, bias = plain
             self.loss_sum, self.stats = linear_cross_entropy(

@@ -114,7 +114,7 @@ def test_padded_batch():
     assert batch["input_ids"].tolist() == [[5, 6, 7, 6], [8, 9, 6, 6]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100], [-100, 9, -100, -100]]
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "labelled"} and batch["labelled"] == 3
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -24,6 +24,10 @@ class BaseConfig(transformers.TrainingArguments):
     """Fields common to all algorithms, on top of `transformers.TrainingArguments`."""
 
     logging_steps: float = option(10, "Log every so many update steps; below 1, as a share of all steps.")
+    logging_nan_inf_filter: bool = option(
+        False,
+        "Leave losses that are not finite out of the log; looks at each loss, so that a GPU is waited for.",
+    )
     gradient_checkpointing: bool | None = option(
         None, "Recompute activations; null: when the memory estimate needs it."
     )  # type: ignore[assignment]

@@ -159,7 +159,7 @@ class SFTTrainer(BaseTrainer):
             The scalar loss, with the model's outputs (and their full logits) if `return_outputs`.
         """
         batch = {**inputs, "use_cache": False}
-        labels = batch.pop("labels")
+        labels, labelled = batch.pop("labels"), batch.pop("labelled", None)
         if self.balances_experts:
             batch["output_router_logits"] = True
         whole = return_outputs or self.compute_loss_func is not None or self.label_smoother is not None
@@ -167,9 +167,7 @@ class SFTTrainer(BaseTrainer):
             outputs = model(**batch)
             loss_sum, stats = self._from_logits(outputs, labels, num_items_in_batch)
         else:
-            with FusedHead(
-                model, labels, loss_type=self.args.loss_type, want_stats=self.stats_wanted()
-            ) as head:
+            with FusedHead(model, labels, self.args.loss_type, self.stats_wanted(), labelled) as head:
                 outputs = model(**batch)
             loss_sum, stats = head.loss_sum, head.stats
         count = stats.count

@@ -17,7 +17,8 @@ class SFTCollator:
 
     Padded rows give `input_ids`, `attention_mask`, `labels`, int64 [B, T]. Packed rows (with `seq_lengths`), or any rows
     with `padding_free`, give `input_ids`, `position_ids`, `labels`, int64 [1, T], with `cu_seq_lens_q`, `cu_seq_lens_k`,
-    int32 [documents + 1], and `max_length_q`, `max_length_k`, ints. Labels are unshifted, -100 outside the loss, on
+    int32 [documents + 1], and `max_length_q`, `max_length_k`, ints. Both have `labelled`, an int: how many labels are trained
+    on, so that none of them need be counted on a GPU, which would be waited for. Labels are unshifted, -100 outside the loss, on
     padding, and on the first token of each document, which nothing predicts.
 
     Attributes:
@@ -58,7 +59,7 @@ class SFTCollator:
             batch["input_ids"][i, : len(tokens)] = tokens
             batch["labels"][i, : len(tokens)] = targets
         batch["labels"][:, 0] = IGNORED
-        return batch
+        return batch | {"labelled": _count(batch["labels"])}
 
     def _end_to_end(self, ids: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor) -> dict[str, Any]:
         if missing := self._missing(len(ids)):
@@ -76,11 +77,16 @@ class SFTCollator:
             "input_ids": ids[None],
             "position_ids": (torch.arange(len(ids)) - starts.repeat_interleave(lengths))[None],
             "labels": labels[None],
+            "labelled": _count(labels),
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,
             "max_length_q": longest,
             "max_length_k": longest,
         }
+
+
+def _count(labels: torch.Tensor) -> int:
+    return int((labels != IGNORED).sum())
 
 
 def _tensor(values: Any) -> torch.Tensor:
