@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock
 
-.PHONY: train test check bench bench-gpu dashboard docs setup clean
+.PHONY: train test test-gpu check bench bench-gpu dashboard docs setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train [ARGS=\"algo=sft peft=lora\"]   set up and train"
 	@echo "make test  [ARGS=\"-k packing\"]           set up and run the tests"
+	@echo "make test-gpu                            the tests of numbers on a CUDA device"
 	@echo "make dashboard [ARGS=\"--port 8081\"]     set up and browse studies and runs on 127.0.0.1"
 	@echo "make check                               lint, format, types"
 	@echo "make bench                               benchmarks against TRL, on a CPU (most of an hour)"
@@ -42,6 +43,9 @@ train: $(VENV)/.base
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-gpu: $(VENV)/.dev
+	HYDRATUNE_TEST_DEVICE=cuda $(BIN)/python -m pytest tests/unit/test_on_a_device.py $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -30,7 +30,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::")
-        if self.on and name in ASKING and func._overloadname != "self_int":  # repeating a fixed number of times
+        if (
+            self.on and name in ASKING and func._overloadname != "self_int"
+        ):  # repeating a fixed number of times
             frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename][:-1]
             files = [frame.filename.rsplit("/", 1)[-1] for frame in frames]
             if OF_TRANSFORMERS in files:
