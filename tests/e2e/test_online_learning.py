@@ -30,9 +30,9 @@ def test_grpo_and_ppo_raise_the_accuracy_on_new_questions(tmp_path, monkeypatch)
         before, *_, after = run(
             algo,
             *(f"algo={algo}", f"model.name_or_path={tmp_path / 'base' / 'model'}", *own, "seed=1"),
-            *("batch_size=256", "max_steps=12", "lr=3e-4", "trainer.lr_scheduler_type=linear"),
+            *("batch_size=256", "max_steps=24", "lr=3e-4", "trainer.lr_scheduler_type=linear"),
             *("trainer.warmup_steps=3", "trainer.eval_on_start=true", "trainer.eval_strategy=epoch"),
         )
         assert 0.15 < before < 0.7, (algo, before)
-        # the same random numbers each time: a standard error is about 2 points, the gain was 12 and 18 (by chance: none)
+        # a standard error is about 2 points; GRPO's gain was 11 and 12 with two seeds (by chance: none)
         assert after > before + 0.05, (algo, before, after)
