@@ -162,6 +162,7 @@ def _hydra(typed: list[str], shown: list[str], began: float, *, checked: bool = 
             settings = parse(
                 cfg,
                 command=command,
+                began=began,
                 output_dir=str(runtime.runtime.output_dir),
                 choices=dict(runtime.runtime.choices),
                 overrides=list(runtime.overrides.task),
@@ -169,7 +170,7 @@ def _hydra(typed: list[str], shown: list[str], began: float, *, checked: bool = 
             )
             from hydratune.run import run
 
-            value = run(settings, began=began)
+            value = run(settings)
             if settings.check and not args.multirun:
                 _remove_unused(Path(settings.output_dir), absent)
             returned.append(value)

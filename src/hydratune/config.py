@@ -139,6 +139,7 @@ def parse(
     cfg: DictConfig,
     *,
     command: str = "",
+    began: float | None = None,
     output_dir: str = "",
     choices: dict[str, str] | None = None,
     overrides: Sequence[str] = (),
@@ -149,6 +150,7 @@ def parse(
     Args:
         cfg: what Hydra composed, without its own `hydra` node.
         command: the command line as typed, for the records.
+        began: when it was, in `time.perf_counter()`.
         output_dir: where the run writes.
         choices: the entry picked of each group.
         overrides: the command line's overrides; what they set wins over the same field set in a file.
@@ -211,6 +213,7 @@ def parse(
         choices=chosen,
         resolved=resolved,
         command=command,
+        began=began,
     )
 
 

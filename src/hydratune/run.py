@@ -50,12 +50,11 @@ class Job:
     keys: dict[str, str]  # under which a warm process holds the tokenizer and the data
 
 
-def run(settings: RunSettings, *, began: float | None = None) -> float | list[float] | None:
+def run(settings: RunSettings) -> float | list[float] | None:
     """Check, train and report one run.
 
     Args:
         settings: the parsed configuration (`hydratune.config.parse`, or written by hand in a notebook).
-        began: when the command that asked for it did, in `time.perf_counter()`.
 
     Returns:
         The objective: the metric `settings.objective` names, else eval_loss, eval_reward or loss; a list when it names several.
@@ -69,7 +68,7 @@ def run(settings: RunSettings, *, began: float | None = None) -> float | list[fl
     """
     findings = checks.check_settings(settings)
     findings.raise_if_any()
-    clock = PhaseClock(began)
+    clock = PhaseClock(settings.began)
     with clock.phase("imports"), quick_imports():
         quiet_libraries()
         from hydratune import plan as plans

@@ -200,3 +200,4 @@ class RunSettings:
         default_factory=dict
     )  # the whole resolved config, for config.yaml and W&B
     command: str = ""
+    began: float | None = None  # when that command did, in `time.perf_counter()`

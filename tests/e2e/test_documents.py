@@ -252,7 +252,7 @@ def test_an_answer_that_is_shown_is_the_real_one(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().err.strip() == answer.strip(), name
 
 
-def _check(settings, began):
+def _check(settings):
     """In the place of a run: `check=true` where model and data are here, else the rules on its values.
 
     A device, a package or a server that this machine lacks is no fault of the command.

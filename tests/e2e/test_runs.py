@@ -25,7 +25,9 @@ def losses(folder: Path, key: str = "loss") -> dict[int, float]:
 
 def test_the_default_leaves_a_whole_run_directory(tmp_path):
     out = tmp_path / "run"
+    start = time.perf_counter()
     done = train(*QUICK, f"output_dir={out}", "trainer.logging_steps=1")
+    took = time.perf_counter() - start
     present = {p.name for p in out.iterdir()}
     assert {"config.yaml", ".hydra", "metrics.jsonl", "summary.json", "train.log", "model", "checkpoints", "report.html",
             "curves.png", "samples.jsonl", "wandb"} <= present  # fmt: skip
@@ -35,7 +37,7 @@ def test_the_default_leaves_a_whole_run_directory(tmp_path):
     seconds = summary["seconds"]
     assert {"config", "imports", "data", "model", "training", "saving"} <= seconds.keys()
     before = sum(seconds[phase] for phase in ("config", "imports", "data", "model"))
-    assert before < summary["seconds_to_first_step"] < before + seconds["training"] + 5
+    assert before < summary["seconds_to_first_step"] < took
     assert sorted(losses(out)) == [1, 2, 3, 4, 5, 6]
     assert losses(out, "eval_loss")
     assert len((out / "samples.jsonl").read_text().splitlines()) == 2

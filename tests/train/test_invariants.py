@@ -83,11 +83,14 @@ def test_batch_times_accumulation_equals_one_batch(tmp_path, batch, accumulation
     assert parts["num_tokens"] == whole["num_tokens"]
 
 
-def test_padding_free_equals_padding(tmp_path):
-    """Also where nobody asks for it: with the attention that keeps rows apart it is the default."""
+@pytest.mark.parametrize("short", [0, 64])
+def test_padding_free_equals_padding(tmp_path, monkeypatch, short):
+    """Also where nobody asks for it: with the attention that keeps rows apart it is the default, but for short rows on a CPU."""
     padded = trajectory(trainer(tmp_path / "a", padding_free=False))
+    monkeypatch.setattr("hydratune.algos.sft._SHORT", short)
     default = trainer(tmp_path / "c", attn_implementation=attention.NAME)
-    assert default.args.padding_free and len(next(iter(default.get_train_dataloader()))["input_ids"]) == 1
+    shape = next(iter(default.get_train_dataloader()))["input_ids"].shape
+    assert default.args.padding_free and len(shape) == 2 and shape[0] == (8 if short else 1)
     for free in (trajectory(trainer(tmp_path / "b", padding_free=True)), trajectory(default)):
         assert free["loss"] == pytest.approx(padded["loss"], abs=1e-5)
         assert free["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)

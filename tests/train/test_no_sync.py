@@ -62,7 +62,7 @@ def test_no_step_waits_for_the_device(algo, passes, tmp_path):
     run = trainer_class(
         args=getattr(hydratune, f"{algo}Config")(
             output_dir=str(tmp_path), max_steps=6, logging_steps=100, save_strategy="no", report_to=[], use_cpu=True,
-            disable_tqdm=True, per_device_train_batch_size=4,
+            disable_tqdm=True, per_device_train_batch_size=4, padding_free=True,
         ),
         train_dataset=Dataset.from_list(rows), processing_class=byte_tokenizer(), callbacks=[Steps(watch)],
         recipe=ModelRecipe(

@@ -153,3 +153,12 @@ def test_labels_come_from_masks_when_there_are_none():
         {"input_ids": [1, 2]},
     ]
     assert SFTCollator(pad_token_id=0)(rows)["labels"].tolist() == [[-100, 2, -100, 4], [-100, 2, -100, -100]]
+
+
+@pytest.mark.parametrize("lengths,rows", [((10, 9, 8), 3), ((10, 4, 3), 1), ((11, 11, 11), 1)])
+def test_short_rows_with_little_padding_are_padded_all_the_same(lengths, rows):
+    batch = SFTCollator(pad_token_id=0, padding_free=True, short=10)(
+        [{"input_ids": [5] * n, "labels": [5] * n} for n in lengths]
+    )
+    assert len(batch["input_ids"]) == rows and ("attention_mask" in batch) == (rows > 1)
+    assert batch["labelled"] == sum(lengths) - 3  # nothing predicts the first token of a row

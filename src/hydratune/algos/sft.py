@@ -23,6 +23,7 @@ from hydratune.models import ModelRecipe
 from hydratune.packing import settle_padding
 from hydratune.settings import option
 
+_SHORT = 64  # tokens, on a CPU: measured in bench/RESULTS.md, sft-bytes
 METRICS = ("entropy", "mean_token_accuracy")
 
 
@@ -116,7 +117,8 @@ class SFTTrainer(BaseTrainer):
         )
 
     def collator(self, args: Any, tokenizer: Any, model: Any) -> SFTCollator:
-        return SFTCollator(tokenizer.pad_token_id, args.padding_free, args.pad_to_multiple_of)
+        short = _SHORT if self._settled and args.device.type == "cpu" else 0
+        return SFTCollator(tokenizer.pad_token_id, args.padding_free, args.pad_to_multiple_of, short)
 
     @classmethod
     def prepare_rows(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 IGNORED = -100
+_FILLED = 0.8  # of a padded batch, from which on short rows are padded
 
 
 @dataclass
@@ -24,23 +25,30 @@ class SFTCollator:
     Attributes:
         pad_token_id: fills up; never trained.
         padding_free: lay rows end to end though they are not packed.
+        short: rows of at most so many tokens are padded all the same, where little is: attention to each costs more.
         pad_to_multiple_of: round T up; in the end-to-end form the padding is a document of its own.
     """
 
     pad_token_id: int
     padding_free: bool = False
     pad_to_multiple_of: int | None = None
+    short: int = 0
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         ids = [_tensor(row["input_ids"]) for row in features]
         labels = [_labels(row, tokens) for row, tokens in zip(features, ids, strict=True)]
-        if self.padding_free or "seq_lengths" in features[0]:
+        if "seq_lengths" in features[0] or (self.padding_free and not self._pads_little(ids)):
             lengths = [
                 _tensor(row["seq_lengths"]) if "seq_lengths" in row else torch.tensor([len(tokens)])
                 for row, tokens in zip(features, ids, strict=True)
             ]
             return self._end_to_end(torch.cat(ids), torch.cat(labels), torch.cat(lengths))
         return self._padded(ids, labels)
+
+    def _pads_little(self, ids: list[torch.Tensor]) -> bool:
+        lengths = [len(tokens) for tokens in ids]
+        longest = max(lengths)
+        return longest <= self.short and sum(lengths) >= _FILLED * longest * len(lengths)
 
     def _missing(self, length: int) -> int:
         return -length % self.pad_to_multiple_of if self.pad_to_multiple_of else 0
