@@ -3,11 +3,13 @@ no training has seen. The same recipe as bench/learning.py, with fewer episodes.
 
 from __future__ import annotations
 
+import pytest
 from commands import events, train
 
 ROWS = ["data.size=4096", "data.distinct=true", "data.eval_fraction=0.125", "data.seed=42"]  # 512 held out
 
 
+@pytest.mark.timeout(1500)  # minutes of training, twice as many where others use the machine
 def test_grpo_and_ppo_raise_the_accuracy_on_new_questions(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from commands import events, train
 
 
@@ -16,6 +17,7 @@ def accuracy(out: Path, *overrides: str) -> float:
     return found
 
 
+@pytest.mark.timeout(1500)  # minutes of training, twice as many where others use the machine
 def test_dpo_and_kto_raise_the_verified_accuracy(tmp_path):
     before = accuracy(tmp_path / "base", "epochs=4")
     policy = f"model.name_or_path={tmp_path / 'base' / 'model'}"
