@@ -82,14 +82,14 @@ def one_arm(options: argparse.Namespace) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     device, dtype = "cuda" if cuda else "cpu", getattr(torch, options.dtype)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(options.rows, options.hidden, generator=generator).to(device, dtype).requires_grad_()
-    weight = torch.randn(options.vocabulary, options.hidden, generator=generator).mul_(0.02)
-    weight = weight.to(device, dtype).requires_grad_()
+    shape = {"generator": generator, "dtype": dtype}
+    rows = torch.randn(options.rows, options.hidden, **shape).to(device).requires_grad_()
+    weight = torch.randn(options.vocabulary, options.hidden, **shape).mul_(0.02).to(device).requires_grad_()
     labels = torch.randint(options.vocabulary, (options.rows,), generator=generator)
     labels[torch.rand(options.rows, generator=generator) < options.masked] = -100
     labels = labels.to(device)
     loss_of, times, cpu = ways()[options.arm], [], []
-    before = 0 if cuda else host_peak()
+    before = torch.cuda.memory_allocated() if cuda else host_peak()
     for _ in range(options.repeats + 1):
         rows.grad = weight.grad = None
         start, began = time.perf_counter(), time.process_time()
@@ -99,7 +99,7 @@ def one_arm(options: argparse.Namespace) -> dict[str, Any]:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
         cpu.append(time.process_time() - began)
-    peak = torch.cuda.max_memory_allocated() if cuda else host_peak() - before
+    peak = (torch.cuda.max_memory_allocated() if cuda else host_peak()) - before
     return {
         "seconds": sorted(times[1:])[len(times) // 2 - 1],  # the first is warm-up
         "cpu_seconds": sorted(cpu[1:])[len(cpu) // 2 - 1],

@@ -131,7 +131,7 @@ def cross_entropy(
 
 
 def _summed(found: TokenStats, logps: torch.Tensor) -> Stats:
-    count = torch.tensor(len(logps), device=logps.device)
+    count = torch.full((), len(logps), device=logps.device)
     if found.entropy is None or found.correct is None:
         return Stats(count, logps)
     return Stats(count, logps, found.entropy.sum(), found.correct.sum())

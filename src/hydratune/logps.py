@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -131,7 +132,11 @@ class _Chunks:
 
 
 class _Gradients:
-    """Gradients of rows, weight and bias that chunks add to; None where not wanted."""
+    """Gradients of rows, weight and bias that chunks add to; None where not wanted.
+
+    The weight's is summed over chunks in fp32; of one chunk it is the product itself. With fp16 it stays in fp32 throughout,
+    because a sum over rows is beyond its range before the loss's mean and scale are applied.
+    """
 
     def __init__(
         self, rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, needs: Collection[bool]
@@ -141,7 +146,8 @@ class _Gradients:
         self._rows, self._low = rows, rows.dtype
         self._weight_itself, self._bias_itself = weight, bias
         self.rows = torch.empty_like(rows) if want_rows else None
-        self.weight = torch.zeros_like(weight, dtype=exact) if want_weight else None
+        self._exact, self._want_weight = exact, want_weight
+        self.weight: torch.Tensor | None = None
         self.bias = torch.zeros_like(bias, dtype=exact) if want_bias and bias is not None else None
 
     def add(self, of: slice, slopes: torch.Tensor) -> None:
@@ -149,19 +155,29 @@ class _Gradients:
         low = slopes.to(self._low)
         if self.rows is not None:
             torch.mm(low, self._weight_itself, out=self.rows[of])
-        if self.weight is not None:
-            if self.weight.dtype == low.dtype:
-                self.weight.addmm_(low.t(), self._rows[of])
-            else:
-                self.weight += low.t() @ self._rows[of]
+        if self._want_weight:
+            self._add_to_weight(slopes if low.dtype == torch.float16 else low, self._rows[of])
         if self.bias is not None:
             self.bias += slopes.sum(0)
 
+    def _add_to_weight(self, slopes: torch.Tensor, part: torch.Tensor) -> None:
+        part = part.to(slopes.dtype)
+        if self.weight is None:
+            product = slopes.t() @ part
+            self.weight = product if len(part) == len(self._rows) else product.to(self._exact)
+        elif self.weight.dtype == slopes.dtype:
+            self.weight.addmm_(slopes.t(), part)
+        else:
+            self.weight += slopes.t() @ part
+
     def all(self) -> tuple[torch.Tensor | None, ...]:
-        """In the dtypes of what they are of."""
+        """In the dtypes of what they are of, but for fp16."""
+        if self._want_weight and self.weight is None:  # there are no rows
+            self.weight = torch.zeros_like(self._weight_itself)
+        kept = self._exact if self._low == torch.float16 else self._weight_itself.dtype
         return (
             self.rows,
-            None if self.weight is None else self.weight.to(self._weight_itself.dtype),
+            None if self.weight is None else self.weight.to(kept),
             None if self.bias is None or self._bias_itself is None else self.bias.to(self._bias_itself.dtype),
         )
 
@@ -216,8 +232,9 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        scaled = (  # in the loss's precision: 1/3 rounded to bf16 would be off by as much as a whole rounding
-            None if saved is None else (saved.to(grad.dtype) * grad).to(saved.dtype)
+        # as a vector, so that it is taken in the loss's precision: 1/3 rounded to bf16 would be off by a whole rounding
+        scaled = (
+            None if saved is None else torch.mul(saved, grad.reshape(1), out=torch.empty_like(saved))
             for saved in ctx.saved_tensors
         )
         return (*scaled, *(None,) * 6)
@@ -335,10 +352,12 @@ def token_losses(
 
 
 def chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
-    """How many rows are projected at a time: all when two blocks of fp32 logits fit the device's budget."""
+    """How many rows are projected at a time: parts of one size, whose two blocks of fp32 logits are near the device's budget."""
     if device.type == "cpu":
-        return max(1, min(rows, _CPU_LOGIT_BYTES // (8 * vocabulary)))
-    return max(1, min(rows, max(_GPU_LEAST_ROWS, _GPU_LOGIT_BYTES // (8 * vocabulary))))
+        most = max(1, _CPU_LOGIT_BYTES // (8 * vocabulary))
+    else:
+        most = max(_GPU_LEAST_ROWS, _GPU_LOGIT_BYTES // (8 * vocabulary))
+    return max(1, ceil(rows / max(1, round(rows / most))))
 
 
 def project(

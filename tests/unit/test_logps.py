@@ -298,3 +298,20 @@ def test_a_meter_adds_up_keeps_extremes_and_survives_a_checkpoint():
         -4.0,
         1.0,
     )
+
+
+@pytest.mark.parametrize("chunk", [None, 500])
+def test_the_weights_gradient_in_fp16_is_finite_wherever_its_mean_is(chunk):
+    """The sum over rows is beyond fp16; what is asked for is its mean, times the scale of the loss."""
+    torch.manual_seed(0)
+    rows = torch.randn(2000, 16).mul(30).half()
+    weight = torch.zeros(40, 16).half().requires_grad_()
+    targets = torch.zeros(2000, dtype=torch.int64)
+    rows[:, 0] = 60.0
+    total, _, _ = token_losses(rows, weight, targets, lambda logps: -logps.sum(), chunk=chunk)
+    (total / 2000).backward()
+    exact = weight.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(rows.double() @ exact.t(), targets).backward()
+    assert 2000 * exact.grad.abs().max() > 65504  # what an fp16 sum would have had to hold
+    assert weight.grad.dtype == torch.float16 and torch.isfinite(weight.grad).all()
+    assert torch.allclose(weight.grad.double(), exact.grad, rtol=2e-3, atol=1e-2)
