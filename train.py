@@ -6,6 +6,7 @@ that lists all that is wrong, and leaves no directory behind. Nothing here impor
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -263,4 +264,6 @@ def _register_searches() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    gc.freeze()  # the interpreter's end would walk all that torch and transformers have made: over a second
+    sys.exit(code)

@@ -51,11 +51,11 @@ def measure(make: Callable[[Any], Any]) -> dict[str, Any]:
 
     trainer = make(Clock())
     watched = next(p for p in trainer.model.parameters() if p.requires_grad)
-    before = watched.detach().clone()
+    before = watched.detach().flatten()[:4096].cpu().clone()
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert all(float(entry["grad_norm"]) > 0 for entry in logs), "no gradient"
-    assert not torch.equal(before, watched), "parameters did not move"
+    assert not torch.equal(before, watched.detach().flatten()[:4096].cpu()), "parameters did not move"
     peak = torch.cuda.max_memory_allocated() if cuda else host_peak()
     seconds = times[-1] - times[WARM_UP - 1]
     tokens = logs[-1]["num_tokens"] - logs[WARM_UP - 1]["num_tokens"]
@@ -95,11 +95,12 @@ def medians(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any
 
 
 def check_losses(results: dict[str, list[dict[str, Any]]], tolerance: dict[str, float]) -> None:
-    """Every arm's losses against ours, step by step; one that trains on other batches has no tolerance, and no check."""
+    """Every arm's losses against ours, step by step in every round; one that trains on other batches has no tolerance."""
     for arm, allowed in tolerance.items():
-        pairs = zip(results[OURS][0]["losses"], results[arm][0]["losses"], strict=True)
-        worst = max(abs(a - b) for a, b in pairs)
-        assert worst < allowed, f"{arm}: the losses differ by {worst}"
+        for own, theirs in zip(results[OURS], results[arm], strict=True):
+            pairs = zip(own["losses"], theirs["losses"], strict=True)
+            worst = max(abs(a - b) / max(1, abs(a)) for a, b in pairs)
+            assert worst < allowed, f"{arm}: the losses differ by {worst}"
 
 
 def figures(found: dict[str, dict[str, Any]], unit: str) -> str:

@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import nn
+
+uncompiled = torch.compiler.set_stance("force_eager")
+"""Decorates what runs a model a few times, in shapes of its own, for which no compiler should run: probes, completions."""
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     """Compile the layers that a model repeats, in place: no module is wrapped, so that names of weights stay.
 
-    Lengths of batches may vary without compiling again. The compiler runs in the first step.
+    Padded batches of any length share what the compiler makes, which it does when it first sees a batch: of training, and of
+    evaluation again. With our own attention on a CPU each new set of documents compiles again.
 
     Args:
         backend: of `torch.compile`.
@@ -22,8 +27,6 @@ def compile_layers(model: nn.Module, backend: str = "inductor") -> int:
     Returns:
         How many layers there are.
     """
-    import torch
-
     repeated = [layer for stack in model.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
     inside: set[Any] = {inner for layer in repeated for inner in layer.modules() if inner is not layer}
     kinds = Counter(map(type, repeated))

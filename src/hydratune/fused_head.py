@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hydratune.compiling import uncompiled
 from hydratune.logps import Loss, TokenStats, logps_of, token_logps, token_losses
 from hydratune.losses import token_loss
 
@@ -291,6 +292,7 @@ class LogpsHead(Head):
         return (self.logps.sum() if self.loss is None else self.loss).reshape(1, 1, 1)
 
 
+@uncompiled
 @torch.no_grad()
 def is_exact(model: nn.Module) -> bool:
     """Whether `FusedHead` gives the loss of the model's own logits, tried on a few tokens.

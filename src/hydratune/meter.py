@@ -146,11 +146,16 @@ def device_metrics(
 def utilisation(tokens_per_second: float | None, model: Any, devices: int = 1) -> float | None:
     """Model FLOPs utilisation: 6 FLOPs per trained parameter and token, 4 per frozen one, over the dense bf16 peak of CUDA devices.
 
-    None of a device whose peak is not known here, or without a speed.
+    None of a device whose peak is not known here, without a speed, and of models whose parameters are not one product a token
+    each: a mixture of experts, quantised weights.
     """
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
-    if peak is None or not tokens_per_second:
+    config = model.config.get_text_config()
+    experts = any(
+        getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")
+    )
+    if peak is None or not tokens_per_second or experts or getattr(config, "quantization_config", None):
         return None
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

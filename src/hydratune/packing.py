@@ -40,8 +40,15 @@ def settle_padding(args: Any, model: Any) -> None:
             )
         )
     if args.padding_free is None:
-        split = getattr(args, "n_gpu", 1) > 1  # DataParallel would cut one row into none
-        args.padding_free = apart and not split and attention.fast_when_packed(name)
+        args.padding_free = apart and attention.fast_when_packed(name) and _has_kernel(args, model)
+
+
+def _has_kernel(args: Any, model: Any) -> bool:
+    """Whether a GPU has one kernel for all documents: in half precision and without dropout; else each would be a call."""
+    if getattr(getattr(args, "device", None), "type", "cpu") != "cuda":
+        return True
+    half = args.bf16 or args.fp16 or model.dtype.itemsize == 2
+    return bool(half and attention.has_kernel() and not getattr(model.config, "attention_dropout", 0))
 
 
 def layout_for(args: Any, tokenizer: Any, model: Any) -> Layout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 def quick_imports() -> Iterator[None]:
     """Import torch, transformers and the like without the garbage collector, which would walk all of it many times.
 
-    That was a quarter of the time of these imports; and the walk at the interpreter's end, over a second, is left out too.
+    That was a quarter of the time of these imports.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -22,8 +21,6 @@ def quick_imports() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-        atexit.unregister(gc.freeze)
-        atexit.register(gc.freeze)
 
 
 def leave_group() -> None:

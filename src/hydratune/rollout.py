@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from hydratune import columns
 from hydratune.attention import NAME
 from hydratune.columns import Mask, joined
+from hydratune.compiling import uncompiled
 from hydratune.draw import draw
 from hydratune.errors import UserError, Violation
 
@@ -91,6 +92,7 @@ class Completions:
     logps: list[np.ndarray] | None
 
 
+@uncompiled
 def generate(
     model: Any,
     prompts: Sequence[Sequence[int]],

@@ -118,6 +118,8 @@ def test_predictions_have_a_row_for_each_row(tmp_path):
     longest = max(map(len, ready["input_ids"]))
     assert found.predictions.shape == (6, longest, 259) and found.label_ids.shape == (6, longest)
     assert run.evaluate(ready)["eval_loss"] == pytest.approx(found.metrics["test_loss"], rel=1e-5)
+    run.model = run._ready_model()  # as a trial has it
+    assert run.predict(ready).predictions.shape == found.predictions.shape
     assert run.data_collator.padding_free
 
 
@@ -369,3 +371,32 @@ def test_nan_ends_the_run_with_advice(tmp_path):
     run = trainer(tmp_path, learning_rate=1e8, max_grad_norm=0.0, max_steps=60, optim="sgd")
     with pytest.raises(TrainingFailed, match="lower lr"):
         run.train()
+
+
+def test_several_gpus_of_one_process_are_not_torchs_dataparallel(tmp_path, caplog):
+    args = config(tmp_path)
+    assert args.n_gpu == 0
+    args._n_gpu = 2
+    run = SFTTrainer(
+        args=args, train_dataset=rows(8), processing_class=byte_tokenizer(), recipe=ModelRecipe(architecture=ARCHITECTURE)
+    )  # fmt: skip
+    assert run.args.n_gpu == 1 and args.n_gpu == 2 and "accelerate launch" in caplog.text
+
+
+def test_labels_that_a_collator_around_ours_changes_are_counted_again(tmp_path):
+    class Masking:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __call__(self, features):
+            batch = self.inner(features)
+            batch["labels"] = torch.where(batch["labels"] % 2 == 0, -100, batch["labels"])
+            return batch
+
+    run = trainer(tmp_path, max_steps=2)
+    run.data_collator = Masking(run.data_collator)
+    batch = next(iter(run.get_train_dataloader()))
+    assert (batch["labels"] != -100).sum() < batch["labelled"]
+    outputs = run.model(**{k: v for k, v in batch.items() if k != "labelled"})
+    found = run.compute_loss(run.model, batch)
+    assert found.item() == pytest.approx(outputs.loss.item(), rel=1e-5)

@@ -1,10 +1,8 @@
-"""Imports without the garbage collector leave it as it was, and spare it the walk at the end."""
+"""Imports without the garbage collector leave it as it was."""
 
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 
 import pytest
 
@@ -22,18 +20,3 @@ def test_the_collector_is_as_before_whatever_happens(enabled):
         assert gc.isenabled() is enabled
     finally:
         gc.enable() if before else gc.disable()
-
-
-def test_nothing_is_collected_when_the_interpreter_ends():
-    script = """
-import atexit, gc
-atexit.register(lambda: print(gc.get_freeze_count() > 1000))
-from hydratune.processes import quick_imports
-with quick_imports():
-    pass
-with quick_imports():
-    pass
-print(gc.get_freeze_count())
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0", "True"]

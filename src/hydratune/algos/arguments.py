@@ -74,7 +74,10 @@ class BaseConfig(transformers.TrainingArguments):
         self.auto_checkpointing = asked is None
         if hasattr(self, newer):
             self.gradient_checkpointing, self.activation_checkpointing = None, asked
+        free = self.accelerator_config is None
         super().__post_init__()
+        if free and self.dataloader_pin_memory and not self.use_cpu and torch.cuda.is_available():
+            self.accelerator_config.non_blocking = True  # batches are copied while the step before them runs
 
     def use_checkpointing(self, on: bool) -> None:
         self.gradient_checkpointing = on
@@ -91,14 +94,24 @@ def config_of(args: Any, config_class: type[Any], model: Any) -> Any:
         model: names the output directory of the defaults.
     """
     if args is None:
-        own = getattr(getattr(model, "config", None), "_name_or_path", "") or "model"
-        name = model if isinstance(model, str) else own
-        return config_class(output_dir=f"{Path(name).name}-{config_class.__name__.removesuffix('Config')}")
+        loaded = getattr(getattr(model, "config", None), "_name_or_path", "") or "model"
+        name = model if isinstance(model, str) else loaded
+        args = config_class(output_dir=f"{Path(name).name}-{config_class.__name__.removesuffix('Config')}")
     if isinstance(args, config_class):
-        return copy.copy(args)
-    known = {f.name for f in fields(config_class) if f.init}
-    plain = {f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
-    return config_class(**plain)
+        own = copy.copy(args)
+    else:
+        known = {f.name for f in fields(config_class) if f.init}
+        own = config_class(
+            **{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
+        )
+    if (
+        own.n_gpu > 1
+    ):  # torch's DataParallel would cut a batch that is one row, and the loss is not of one device's rows
+        log.warning(
+            "%d GPUs are here and the first is used: for all of them start with accelerate launch", own.n_gpu
+        )
+        own._n_gpu = 1
+    return own
 
 
 def check_options(algo: str, args: Any, **facts: bool) -> None:

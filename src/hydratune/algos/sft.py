@@ -72,6 +72,7 @@ class SFTTrainer(BaseTrainer):
     config_class = SFTConfig
     columns = ("input_ids", "labels", "seq_lengths", "completion_mask", "assistant_masks")
     data_collator: Any
+    _settled: bool | None = None  # whether padding_free was left to us
 
     def __init__(
         self,
@@ -128,7 +129,8 @@ class SFTTrainer(BaseTrainer):
         return prepare(rows, tokenizer, args, packing=packing, where=where, **how)
 
     def make_ready(self, model: Any, args: Any, tokenizer: Any) -> None:
-        self._settled = args.padding_free is None
+        if self._settled is None:  # of a later fresh model it is settled already
+            self._settled = args.padding_free is None
         # NEFTune's noise is scaled by the length of a row
         if self._settled and (self._needs_rows or args.neftune_noise_alpha):
             args.padding_free = False
@@ -162,6 +164,8 @@ class SFTTrainer(BaseTrainer):
         """
         batch = {**inputs, "use_cache": False}
         labels, labelled = batch.pop("labels"), batch.pop("labelled", None)
+        if type(self.data_collator) is not SFTCollator:  # one around it may have changed the labels
+            labelled = None
         if self.balances_experts:
             batch["output_router_logits"] = True
         whole = return_outputs or self.compute_loss_func is not None or self.label_smoother is not None
