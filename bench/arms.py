@@ -71,12 +71,16 @@ def measure(make: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def alternate(script: str, arms: list[str], rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """The results of each arm, one a round: the script is run again with `--arm NAME` and prints JSON as its last line."""
+    """The results of each arm, one a round: the script is run again with `--arm NAME` and prints JSON as its last line.
+
+    Threads sleep while they wait, as `train.py` has it: on a CPU that others use too, spinning ones make any figure.
+    """
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     for turn in range(rounds):
         for arm in arms:
             command = [sys.executable, script, *sys.argv[1:], "--arm", arm]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:
                 sys.exit(f"{arm} failed:\n{done.stderr[-3000:]}")
             results[arm].append(json.loads(done.stdout.splitlines()[-1]))
