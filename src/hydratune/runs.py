@@ -5,7 +5,6 @@ Only files are read, so that runs of other processes and machines are seen while
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import os
@@ -20,6 +19,7 @@ from typing import Any
 
 from hydratune.errors import UserError, Violation, nearest
 from hydratune.objective import Objective, last_values
+from hydratune.summary import read_summary
 
 HOME = Path("outputs")
 STATES = ("running", "completed", "pruned", "failed", "interrupted", "stopped")
@@ -60,11 +60,7 @@ class Run:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """summary.json; empty while the run trains for the first time, or when it was killed."""
-        try:
-            found = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_summary(self.path)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -134,7 +130,10 @@ class Run:
         name = str(found.get("name", ""))
         if not name or self.ended:
             return name, found.get("value")
-        value = Objective.parse(name).value(self.events, self.summary)
+        try:
+            value = Objective.parse(name).value(self.events, self.summary)
+        except (ValueError, TypeError):  # a damaged file
+            value = None
         return name, None if value is None or not math.isfinite(value) else value
 
     @property
