@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from commands import run
 from test_run_files import make
 from typer.testing import CliRunner
 
@@ -132,3 +133,59 @@ def test_a_column_is_not_shown_twice(tmp_path):
     shown = ["runs", "--home", str(tmp_path), "--columns", "eval_loss,lr,lr,steps"]
     header = CliRunner().invoke(app, shown).stdout.splitlines()[0].split()
     assert header == ["status", "name", "algo", "lr", "eval_loss", "steps", "time"]
+
+
+@pytest.fixture
+def studies(tmp_path, monkeypatch):
+    """Under outputs: one with a result, in a folder of its own choice; one that has begun; one whose facts are torn."""
+    monkeypatch.chdir(tmp_path)
+    outputs = tmp_path / "outputs"
+    make(outputs / "mysweep" / "0", summary=finals(eval_loss=1.0))
+    trial = {
+        "number": 0,
+        "state": "complete",
+        "values": [1.0],
+        "settings": {"lr": 0.1},
+        "seconds": 1.0,
+        "reason": "",
+    }
+    facts = {"trials": [trial], "objectives": ["eval_loss"], "directions": ["minimize"], "front": [0]}
+    facts["commands"] = {"0": "python train.py lr=0.1"}
+    (outputs / "mysweep" / "study.json").write_text(json.dumps(facts))
+    for name in ("begun", "torn"):
+        (outputs / "sweeps" / name).mkdir(parents=True)
+        (outputs / "sweeps" / name / ".study").write_text("aa")
+    (outputs / "sweeps" / "torn" / "study.json").write_text('{"trials": [')
+    return outputs
+
+
+def test_the_commands_of_sweeps_see_every_study(studies):
+    said = run("sweep", "status")[0]
+    assert "outputs/mysweep: 1 complete · best eval_loss 1\n" in said
+    assert "outputs/sweeps/begun: no trial has finished yet\n" in said
+    assert "outputs/sweeps/torn: its study.json cannot be read" in said and len(said.splitlines()) == 3
+    assert "★" in run("sweep", "status", "mysweep")[0]
+    assert run("sweep", "best", "mysweep")[0] == "python train.py lr=0.1\n"
+    assert run("sweep", "best", "mysweep", "--home", studies)[0] == "python train.py lr=0.1\n"
+    assert "did you mean 'mysweep'" in run("sweep", "status", "myswep", code=2)[1]
+    assert "no study under empty" in run("sweep", "status", "--home", "empty")[0]
+    run("sweep", "status", "mysweep", "--rows", "-1", code=2)
+
+
+@pytest.mark.parametrize(
+    "name, said", [("begun", "no trial has finished yet"), ("torn", "study.json cannot be read")]
+)
+def test_a_study_without_facts_is_one_clear_error(studies, name, said):
+    for word in ("status", "best", "rerun"):
+        assert said in run("sweep", word, name, code=2)[1]
+    (studies / "sweeps" / name / "study.json").write_text('{"trials": 3}')
+    assert "does not tell trials, objectives" in run("sweep", "status", name, code=2)[1]
+
+
+def test_a_study_without_a_finished_trial_goes_on(studies, monkeypatch):
+    script = "import sys; open('went', 'w').write(' '.join(sys.argv[1:]))"
+    (studies / "on.py").write_text(script)
+    command = {"script": str(studies / "on.py"), "folder": str(studies), "arguments": []}
+    (studies / "sweeps" / "begun" / "command.json").write_text(json.dumps(command))
+    run("sweep", "resume", "begun", "sweep.n_trials=6")
+    assert (studies / "went").read_text() == f"resume={studies / 'sweeps' / 'begun'} sweep.n_trials=6"
