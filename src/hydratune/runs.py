@@ -256,8 +256,11 @@ def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
                 yield from _walk(inner)
 
 
-def find_run(name: str, home: Path = HOME) -> Run:
+def find_run(name: str, home: Path = HOME, known: Callable[[], list[Run]] | None = None) -> Run:
     """The run of a directory, or of a name (its end or another part is enough) below `home`; `latest` wrote last.
+
+    Args:
+        known: the runs below `home`, for those who ask for many names; default: they are looked for.
 
     Raises:
         UserError: there is none, or several have that name.
@@ -265,7 +268,7 @@ def find_run(name: str, home: Path = HOME) -> Run:
     given = Path(name).expanduser()
     if given.is_dir() and next(_walk(given), None) == (given, True):
         return Run(given, name)
-    runs = find_runs(home)
+    runs = known() if known is not None else find_runs(home)
     if name == "latest" and runs:
         return runs[0]
     fitting = [r for r in runs if r.name == name] or [r for r in runs if r.name.endswith(name)]

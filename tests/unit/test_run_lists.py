@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from hydratune.cli import app
 from hydratune.objective import direction
+from hydratune.runs import _walk
 
 
 def compared(home, *names, metric="eval_loss"):
@@ -189,3 +190,15 @@ def test_a_study_without_a_finished_trial_goes_on(studies, monkeypatch):
     (studies / "sweeps" / "begun" / "command.json").write_text(json.dumps(command))
     run("sweep", "resume", "begun", "sweep.n_trials=6")
     assert (studies / "went").read_text() == f"resume={studies / 'sweeps' / 'begun'} sweep.n_trials=6"
+
+
+def test_runs_are_looked_for_once_however_many_are_named(tmp_path, monkeypatch):
+    names = [f"run{i}" for i in range(5)]
+    for name in names:
+        make(tmp_path / "day" / name, summary=finals(eval_loss=1.0))
+    walked = []
+    monkeypatch.setattr(
+        "hydratune.runs._walk", lambda folder, walk=_walk: walked.append(folder) or walk(folder)
+    )
+    run("compare", *names, "--home", tmp_path)
+    assert walked.count(tmp_path) == 1
