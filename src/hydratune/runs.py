@@ -42,6 +42,7 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
     "~": lambda value, part: str(part).lower() in str(value).lower(),
 }
+_ORDERED = ("<", ">", "<=", ">=")
 _FILTER = re.compile(r"\s*([\w./\-]+)\s*(<=|>=|!=|<|>|=|~)\s*(.*?)\s*")
 
 
@@ -289,7 +290,7 @@ def matching(runs: Iterable[Run], filters: Iterable[str]) -> list[Run]:
         filters: `KEY OP VALUE` with a key of `Run.value` and one of = != < <= > >= ~ (contains), e.g. "lr<1e-4", "peft=lora".
 
     Raises:
-        UserError: a filter cannot be read, or no run knows its key.
+        UserError: a filter cannot be read, asks for more or less than what is no number, or no run knows its key.
     """
     everything = runs = list(runs)
     for text in filters:
@@ -302,8 +303,18 @@ def matching(runs: Iterable[Run], filters: Iterable[str]) -> list[Run]:
         if everything and all(value is None for value in values.values()):
             known = {k for run in everything for k in run.config} | {"status", "name", "objective", "started"}
             raise UserError(Violation("filter", text, f"no run has {key!r}", nearest(key, sorted(known))))
+        if sign in _ORDERED and not isinstance(wanted, float):
+            if not parsed[3]:
+                raise UserError(Violation("filter", text, "ends without a value", "give one, e.g. 'lr<1e-4'"))
+            if any(_is_number(value) for value in values.values()):
+                why = f"{parsed[3]!r} is no number, and {key} is one"
+                raise UserError(Violation("filter", text, why, "give one, e.g. 'lr<1e-4'"))
         runs = [run for run in runs if _holds(_COMPARE[sign], values[id(run)], wanted)]
     return runs
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(_plain(value) if isinstance(value, str) else value, int | float)
 
 
 def _plain(text: str) -> Any:

@@ -202,3 +202,19 @@ def test_runs_are_looked_for_once_however_many_are_named(tmp_path, monkeypatch):
     )
     run("compare", *names, "--home", tmp_path)
     assert walked.count(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr<", "ends without a value"),
+        ("started>", "ends without a value"),
+        ("lr>=abc", "'abc' is no number, and lr is one"),
+        ("lr<true", "'true' is no number"),
+        ("eval_loss<=x", "'x' is no number"),
+    ],
+)
+def test_more_or_less_than_no_number_is_refused(tmp_path, text, said):
+    make(tmp_path / "a", summary=finals(eval_loss=1.0))
+    assert said in run("runs", text, "--home", tmp_path, code=2)[1]
+    assert "1 runs" in run("runs", "started>2020-01", "lr<1", "name~a", "--home", tmp_path)[0]
