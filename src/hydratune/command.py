@@ -96,7 +96,7 @@ def without_secrets(typed: list[str]) -> list[str]:
     one that comes later has to be told again, and is told so.
 
     Raises:
-        UserError: a secret inside a list or a {…}, which has no place of its own.
+        UserError: a secret inside a list or a {…}, or beside an interpolation, which has no place of its own.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
@@ -120,8 +120,12 @@ def without_secrets(typed: list[str]) -> list[str]:
             why = "holds a token or password among other values, where it would be written to disk"
             fix = "give it by itself, KEY.token=…, or from the environment: '${oc.env:NAME}'"
             raise UserError(Violation(key, "***", why, fix))
+        if isinstance(value, str) and "${" in value:
+            why = "holds text beside an interpolation, or as its default, which may be a token or password"
+            fix = "give the token by itself, or only say where it is: '${oc.env:NAME}'"
+            raise UserError(Violation(key, "***", why, fix))
         name = variable_of(key)
-        os.environ[name] = str(value)
+        os.environ[name] = value if isinstance(value, str) else word.partition("=")[2].strip()  # 1e5 as it is
         made.append(f"{word.partition('=')[0]}=${{oc.env:{name}}}")
     return made
 

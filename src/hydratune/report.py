@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from hydratune.amounts import amount, duration
 from hydratune.objective import REWARD_ACCURACY, REWARDS, last_values
+from hydratune.summary import read_summary
 from hydratune.tracking import read_metrics
 from hydratune.whole import write_whole
 
@@ -78,7 +79,7 @@ def write_report(out_dir: Path) -> None:
 def render(out_dir: Path) -> tuple[str, bytes]:
     """What report.html and curves.png of a run hold."""
     events = read_metrics(out_dir)
-    summary = _json(out_dir / "summary.json")
+    summary = read_summary(out_dir)
     charts = [(title, series) for title, names in CHARTS if (series := _series(events, names))]
     headline = _headline(summary)
     page = Environment(
@@ -226,7 +227,7 @@ def _headline(summary: dict[str, Any]) -> list[tuple[str, str]]:
     shown += [("reward accuracy", f"{final[key]:.1%}") for key in REWARD_ACCURACY if key in final]
     if "verified_accuracy" in final:
         shown.append(("verified answers", f"{final['verified_accuracy']:.0%}"))
-    if "steps" in summary:
+    if summary.get("steps") is not None:
         shown.append(("steps", f"{summary['steps']:,}"))
     if summary.get("tokens"):
         shown.append(("tokens", amount(summary["tokens"])))
@@ -248,24 +249,16 @@ def _flat(value: Any, prefix: str = "") -> Any:
         yield prefix, "" if value is None else json.dumps(value, ensure_ascii=False, default=str).strip('"')
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
-
-
 def _yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
 
 
 def _samples(path: Path) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             rows.append(json.loads(line))
         except ValueError:

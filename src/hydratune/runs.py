@@ -5,7 +5,6 @@ Only files are read, so that runs of other processes and machines are seen while
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import os
@@ -20,6 +19,7 @@ from typing import Any
 
 from hydratune.errors import UserError, Violation, nearest
 from hydratune.objective import Objective, last_values
+from hydratune.summary import read_summary
 
 HOME = Path("outputs")
 STATES = ("running", "completed", "pruned", "failed", "interrupted", "stopped")
@@ -42,6 +42,7 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
     "~": lambda value, part: str(part).lower() in str(value).lower(),
 }
+_ORDERED = ("<", ">", "<=", ">=")
 _FILTER = re.compile(r"\s*([\w./\-]+)\s*(<=|>=|!=|<|>|=|~)\s*(.*?)\s*")
 
 
@@ -60,11 +61,7 @@ class Run:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """summary.json; empty while the run trains for the first time, or when it was killed."""
-        try:
-            found = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+        return read_summary(self.path)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -134,7 +131,10 @@ class Run:
         name = str(found.get("name", ""))
         if not name or self.ended:
             return name, found.get("value")
-        value = Objective.parse(name).value(self.events, self.summary)
+        try:
+            value = Objective.parse(name).value(self.events, self.summary)
+        except (ValueError, TypeError):  # a damaged file
+            value = None
         return name, None if value is None or not math.isfinite(value) else value
 
     @property
@@ -257,8 +257,11 @@ def _walk(folder: Path) -> Iterator[tuple[Path, bool]]:
                 yield from _walk(inner)
 
 
-def find_run(name: str, home: Path = HOME) -> Run:
+def find_run(name: str, home: Path = HOME, known: Callable[[], list[Run]] | None = None) -> Run:
     """The run of a directory, or of a name (its end or another part is enough) below `home`; `latest` wrote last.
+
+    Args:
+        known: the runs below `home`, for those who ask for many names; default: they are looked for.
 
     Raises:
         UserError: there is none, or several have that name.
@@ -266,7 +269,7 @@ def find_run(name: str, home: Path = HOME) -> Run:
     given = Path(name).expanduser()
     if given.is_dir() and next(_walk(given), None) == (given, True):
         return Run(given, name)
-    runs = find_runs(home)
+    runs = known() if known is not None else find_runs(home)
     if name == "latest" and runs:
         return runs[0]
     fitting = [r for r in runs if r.name == name] or [r for r in runs if r.name.endswith(name)]
@@ -287,7 +290,7 @@ def matching(runs: Iterable[Run], filters: Iterable[str]) -> list[Run]:
         filters: `KEY OP VALUE` with a key of `Run.value` and one of = != < <= > >= ~ (contains), e.g. "lr<1e-4", "peft=lora".
 
     Raises:
-        UserError: a filter cannot be read, or no run knows its key.
+        UserError: a filter cannot be read, asks for more or less than what is no number, or no run knows its key.
     """
     everything = runs = list(runs)
     for text in filters:
@@ -300,8 +303,18 @@ def matching(runs: Iterable[Run], filters: Iterable[str]) -> list[Run]:
         if everything and all(value is None for value in values.values()):
             known = {k for run in everything for k in run.config} | {"status", "name", "objective", "started"}
             raise UserError(Violation("filter", text, f"no run has {key!r}", nearest(key, sorted(known))))
+        if sign in _ORDERED and not isinstance(wanted, float):
+            if not parsed[3]:
+                raise UserError(Violation("filter", text, "ends without a value", "give one, e.g. 'lr<1e-4'"))
+            if any(_is_number(value) for value in values.values()):
+                why = f"{parsed[3]!r} is no number, and {key} is one"
+                raise UserError(Violation("filter", text, why, "give one, e.g. 'lr<1e-4'"))
         runs = [run for run in runs if _holds(_COMPARE[sign], values[id(run)], wanted)]
     return runs
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(_plain(value) if isinstance(value, str) else value, int | float)
 
 
 def _plain(text: str) -> Any:

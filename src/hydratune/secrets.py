@@ -18,6 +18,10 @@ _SET = rf"(?i)({_KEY}['\"]?[^\S\n]*[:=][^\S\n]*)(?!(?:null|none|true|false)\b)"
 _VALUE = re.compile(rf"{_SET}(?:'(?:[^'\n]|'')*'|\"(?:[^\"\\\n]|\\.)*\"|[^\s,'\"}}\])]+|['\"][^\n]*)")
 _LINE = re.compile(rf"{_SET}\S.*")
 _PASSWORD = re.compile(r"(://[^:/@\s\"',]*:)[^\s\"']+@")  # to the last @: more rather than less
+_NAMED = re.compile(
+    r"\$\{(?:oc\.env:\w+(?:,\s*null)?|(?:oc\.select:)?[\w.\[\]@/-]+)\}"
+)  # with no text of its own
+_NO_SECRET = ("", "null", "true", "false")  # as Hydra reads them: no token, or the one that is saved
 _OURS = "HYDRATUNE_"
 _HIDDEN = "***"
 
@@ -49,7 +53,7 @@ def redact_override(word: str) -> str:
     key, sign, value = word.partition("=")
     if names_variable(word):
         return word
-    if sign and value not in ("", "null") and is_secret(key.lstrip("+~")):
+    if sign and value.strip().lower() not in _NO_SECRET and is_secret(key.lstrip("+~")):
         return f"{key}={_HIDDEN}"
     return _values(word)
 
@@ -70,8 +74,10 @@ def untold(key: str, message: str) -> tuple[str, str] | None:
 
 
 def names_variable(word: str) -> bool:
-    """Whether an override takes its value from the environment: it holds no secret, but says where one is."""
-    return bool(re.fullmatch(r"['\"]?\$\{oc\.env:\w+\}['\"]?", word.partition("=")[2]))
+    """Whether an override's value is one interpolation and no text: it holds no secret, but says where one is."""
+    value = word.partition("=")[2].strip()
+    quoted = len(value) > 1 and value[0] in "'\"" and value[0] == value[-1]
+    return bool(_NAMED.fullmatch(value[1:-1] if quoted else value))
 
 
 @contextmanager

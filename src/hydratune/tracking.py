@@ -270,16 +270,19 @@ class RunTracker:
         self.log({**metrics, "epoch": event["epoch"]}, state.global_step)
 
 
+_PLACE = ("step", "epoch", "time")
+
+
 def read_metrics(out_dir: Path) -> list[dict[str, Any]]:
-    """The events of metrics.jsonl; a torn last line is left out."""
+    """The events of metrics.jsonl; a line that is torn or damaged is left out."""
     path = out_dir / "metrics.jsonl"
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             event = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # of JSON, or of its encoding
             continue
-        if isinstance(event, dict):
+        if isinstance(event, dict) and all(isinstance(event.get(k, 0), int | float) for k in _PLACE):
             events.append(event)
     return events
 

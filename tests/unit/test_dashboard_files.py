@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import parse_qs, quote
 
 import pytest
 
@@ -17,7 +20,8 @@ from test_dashboard_studies import make
 from werkzeug.test import Client
 
 from hydratune import report
-from hydratune.dashboard.library import Library
+from hydratune.dashboard.library import Library, chosen
+from hydratune.dashboard.page import _study
 from hydratune.dashboard.server import application
 from hydratune.dashboard.studies import Curves, Studies
 from hydratune.runs import find_runs, find_studies
@@ -167,3 +171,35 @@ def test_a_report_is_there_whole_or_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", real)
     write_whole(folder / "report.html", "new")
     assert (folder / "report.html").read_text() == "new" and set(listing(folder)) == set(before)
+
+
+def test_the_runs_of_a_study_are_found_whatever_it_is_called(tmp_path):
+    name = 'the sweep\'s "best" = 1 & more'
+    make(tmp_path / name, 2)
+    run(tmp_path / name / "0x", losses=[2.0])
+    run(tmp_path / "other", losses=[2.0])
+    union = Studies(tmp_path)
+    (study,) = union.get_all_studies()
+    note = union.get_study_system_attrs(study._study_id)["dashboard:note_str:0"]
+    listed = re.search(r'href="(/\?filter=[^"]*)"', get(tmp_path, f"/runs/{quote(name)}/").text)[1]
+    noted = re.search(r"\((/\?filter=[^)]*)\)", note)[1]
+    for address in (noted, listed, _study(union, union.places()[0])["runs"]):
+        (asked,) = parse_qs(html.unescape(address).partition("?")[2])["filter"]
+        assert [r.name for r in chosen(Library(tmp_path).runs(), asked)] == [f"{name}/0x"]
+
+
+def test_names_that_no_file_can_have_are_not_found(tmp_path, monkeypatch):
+    run(tmp_path / "a", losses=[2.0])
+    for name in ("x" * 300, "a/" + "x" * 300, "x" * 5000, "%00", "x/" * 3000):
+        assert get(tmp_path, f"/runs/{name}").status_code == 404
+    real = Path.stat
+
+    def stat(path, **options):
+        if path.name == "gone":
+            raise PermissionError(path)
+        return real(path, **options)
+
+    (tmp_path / "a" / "gone").write_text("")
+    monkeypatch.setattr(Path, "stat", stat)
+    shown = get(tmp_path, "/runs/a/")
+    assert shown.status_code == 200 and "metrics.jsonl" in shown.text and "gone" not in shown.text

@@ -8,9 +8,11 @@ import time
 
 import pytest
 import yaml
+from commands import run
 
 from hydratune.dashboard.library import row
 from hydratune.errors import UserError
+from hydratune.report import render
 from hydratune.runs import curve, differences, find_run, find_runs, matching, metric_names
 
 CONFIG = {
@@ -252,3 +254,40 @@ def test_torn_files_leave_a_run_without_settings(tmp_path, text):
     (folder / "summary.json").write_text("[1")
     run = find_run("a", tmp_path)
     assert run.config == {} and run.summary == {} and run.objective == ("", None)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"objective": "y"},
+        {"objective": {"name": "eval_loss", "value": "x"}},
+        {"metrics": 3},
+        {"metrics": {"final": "x", "best": {"loss": "y"}}},
+        {"seconds": 3},
+        {"seconds": {"training": "long"}},
+        {"peak_memory": "much"},
+        {"steps": "many", "tokens": "few"},
+        {"versions": 3, "started": 5, "algo": ["sft"]},
+    ],
+    ids=str,
+)
+def test_a_damaged_summary_takes_down_no_list_and_no_page(damage, home, capsys):
+    events = [{"step": i, "time": 1.0, "loss": 3.0 - i} for i in (1, 2)]
+    make(home / "damaged", events=events, summary={"steps": 2, "objective": {"name": "loss"}, **damage})
+    assert len(json.loads(run("runs", "--home", home, "--json", "--columns", "lr")[0])) == 6
+    run("runs", "--home", home), run("compare", "damaged", "12-00-00-c", "--home", home)
+    assert row(find_run("damaged", home))["name"] == "damaged"
+    assert "damaged" in render(home / "damaged")[0]
+
+
+def test_a_damaged_line_of_metrics_is_left_out(home):
+    events = [{"step": i, "time": 1.0, "loss": 3.0 - i} for i in (1, 2, 3)]
+    folder = make(home / "damaged", events=events)
+    first, second, third = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    odd = b'{"step": "x", "time": "y", "loss": 9.0}\n'
+    (folder / "metrics.jsonl").write_bytes(first + second.replace(b"loss", b"\xff\xfe") + odd + third)
+    (folder / "samples.jsonl").write_bytes(b"\xff\n")
+    found = find_run("damaged", home)
+    assert curve(found, "loss") == ([1, 3], [2.0, 0.0]) and row(found)["steps"] == 3
+    run("runs", "--home", home)
+    assert "damaged" in render(folder)[0]

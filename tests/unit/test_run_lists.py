@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from commands import run
 from test_run_files import make
 from typer.testing import CliRunner
 
 from hydratune.cli import app
 from hydratune.objective import direction
+from hydratune.runs import _walk
 
 
 def compared(home, *names, metric="eval_loss"):
@@ -132,3 +134,87 @@ def test_a_column_is_not_shown_twice(tmp_path):
     shown = ["runs", "--home", str(tmp_path), "--columns", "eval_loss,lr,lr,steps"]
     header = CliRunner().invoke(app, shown).stdout.splitlines()[0].split()
     assert header == ["status", "name", "algo", "lr", "eval_loss", "steps", "time"]
+
+
+@pytest.fixture
+def studies(tmp_path, monkeypatch):
+    """Under outputs: one with a result, in a folder of its own choice; one that has begun; one whose facts are torn."""
+    monkeypatch.chdir(tmp_path)
+    outputs = tmp_path / "outputs"
+    make(outputs / "mysweep" / "0", summary=finals(eval_loss=1.0))
+    trial = {
+        "number": 0,
+        "state": "complete",
+        "values": [1.0],
+        "settings": {"lr": 0.1},
+        "seconds": 1.0,
+        "reason": "",
+    }
+    facts = {"trials": [trial], "objectives": ["eval_loss"], "directions": ["minimize"], "front": [0]}
+    facts["commands"] = {"0": "python train.py lr=0.1"}
+    (outputs / "mysweep" / "study.json").write_text(json.dumps(facts))
+    for name in ("begun", "torn"):
+        (outputs / "sweeps" / name).mkdir(parents=True)
+        (outputs / "sweeps" / name / ".study").write_text("aa")
+    (outputs / "sweeps" / "torn" / "study.json").write_text('{"trials": [')
+    return outputs
+
+
+def test_the_commands_of_sweeps_see_every_study(studies):
+    said = run("sweep", "status")[0]
+    assert "outputs/mysweep: 1 complete · best eval_loss 1\n" in said
+    assert "outputs/sweeps/begun: no trial has finished yet\n" in said
+    assert "outputs/sweeps/torn: its study.json cannot be read" in said and len(said.splitlines()) == 3
+    assert "★" in run("sweep", "status", "mysweep")[0]
+    assert run("sweep", "best", "mysweep")[0] == "python train.py lr=0.1\n"
+    assert run("sweep", "best", "mysweep", "--home", studies)[0] == "python train.py lr=0.1\n"
+    assert "did you mean 'mysweep'" in run("sweep", "status", "myswep", code=2)[1]
+    assert "no study under empty" in run("sweep", "status", "--home", "empty")[0]
+    run("sweep", "status", "mysweep", "--rows", "-1", code=2)
+
+
+@pytest.mark.parametrize(
+    "name, said", [("begun", "no trial has finished yet"), ("torn", "study.json cannot be read")]
+)
+def test_a_study_without_facts_is_one_clear_error(studies, name, said):
+    for word in ("status", "best", "rerun"):
+        assert said in run("sweep", word, name, code=2)[1]
+    (studies / "sweeps" / name / "study.json").write_text('{"trials": 3}')
+    assert "does not tell trials, objectives" in run("sweep", "status", name, code=2)[1]
+
+
+def test_a_study_without_a_finished_trial_goes_on(studies, monkeypatch):
+    script = "import sys; open('went', 'w').write(' '.join(sys.argv[1:]))"
+    (studies / "on.py").write_text(script)
+    command = {"script": str(studies / "on.py"), "folder": str(studies), "arguments": []}
+    (studies / "sweeps" / "begun" / "command.json").write_text(json.dumps(command))
+    run("sweep", "resume", "begun", "sweep.n_trials=6")
+    assert (studies / "went").read_text() == f"resume={studies / 'sweeps' / 'begun'} sweep.n_trials=6"
+
+
+def test_runs_are_looked_for_once_however_many_are_named(tmp_path, monkeypatch):
+    names = [f"run{i}" for i in range(5)]
+    for name in names:
+        make(tmp_path / "day" / name, summary=finals(eval_loss=1.0))
+    walked = []
+    monkeypatch.setattr(
+        "hydratune.runs._walk", lambda folder, walk=_walk: walked.append(folder) or walk(folder)
+    )
+    run("compare", *names, "--home", tmp_path)
+    assert walked.count(tmp_path) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr<", "ends without a value"),
+        ("started>", "ends without a value"),
+        ("lr>=abc", "'abc' is no number, and lr is one"),
+        ("lr<true", "'true' is no number"),
+        ("eval_loss<=x", "'x' is no number"),
+    ],
+)
+def test_more_or_less_than_no_number_is_refused(tmp_path, text, said):
+    make(tmp_path / "a", summary=finals(eval_loss=1.0))
+    assert said in run("runs", text, "--home", tmp_path, code=2)[1]
+    assert "1 runs" in run("runs", "started>2020-01", "lr<1", "name~a", "--home", tmp_path)[0]

@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from hydratune.command import settings_of, without_secrets
+from hydratune.errors import UserError
 from hydratune.secrets import hide_password, redact, redact_file, redact_override
 
 
@@ -31,6 +33,15 @@ def test_secrets_are_redacted_and_nothing_else():
         ("sweep.storage='mysql://me:p,w@host/db'", "sweep.storage='mysql://me:***@host/db'"),
         ("algo.stop_token=eos", "algo.stop_token=eos"),
         ("trainer.hub_token=null", "trainer.hub_token=null"),
+        ("trainer.hub_token=NULL", "trainer.hub_token=NULL"),
+        ("+model.init_kwargs.token=true", "+model.init_kwargs.token=true"),
+        (
+            "+model.init_kwargs.token='${trainer.hub_token}'",
+            "+model.init_kwargs.token='${trainer.hub_token}'",
+        ),
+        ("trainer.hub_token='${oc.env:A,null}'", "trainer.hub_token='${oc.env:A,null}'"),
+        ("trainer.hub_token='${oc.env:A,hf_x}'", "trainer.hub_token=***"),
+        ("trainer.hub_token=true_hf", "trainer.hub_token=***"),
         ("data.max_tokens=5", "data.max_tokens=5"),
         ("algo.vllm_server_base_url=http://host:8000/v1", "algo.vllm_server_base_url=http://host:8000/v1"),
     ],
@@ -69,3 +80,37 @@ def test_the_command_of_a_trial_is_recorded_without_and_run_with_its_secret(tmp_
     assert command.line({"lr": 0.1}) == "python train.py 'trainer.hub_token=***' lr=0.1"
     assert "trainer.hub_token=hf_x" in command.shell({}, {}).splitlines()[-1]
     assert hide_password("sqlite:///a.db") == "sqlite:///a.db"
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Variables that are set by what is tested, and taken back."""
+    for name in ("HYDRATUNE_TRAINER_HUB_TOKEN", "HYDRATUNE_MODEL_INIT_KWARGS_TOKEN"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["+model.init_kwargs.token=true"], True),
+        (["+model.init_kwargs.token=False"], False),
+        (["+model.init_kwargs.token=NULL"], None),
+        (["trainer.hub_token=hf_x", "+model.init_kwargs.token=${trainer.hub_token}"], "hf_x"),
+        (["trainer.hub_token=hf_x", "+model.init_kwargs.token='${trainer.hub_token}'"], "hf_x"),
+        (["+model.init_kwargs.token=1e5"], "1e5"),
+        (["+model.init_kwargs.token=hf_x"], "hf_x"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_typed_as_a_token_is_what_the_model_is_told(typed, told, environment):
+    words = without_secrets(typed)
+    assert settings_of(words).model.init_kwargs["token"] == told
+    assert "hf_x" not in " ".join(words)
+
+
+@pytest.mark.parametrize("value", ["'hf_x${trainer.run_name}'", "'${oc.env:NOWHERE,hf_x}'"])
+def test_a_token_beside_an_interpolation_is_refused(value, environment):
+    with pytest.raises(UserError, match="beside an interpolation") as error:
+        without_secrets([f"trainer.hub_token={value}"])
+    assert "hf_x" not in str(error.value)

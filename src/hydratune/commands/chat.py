@@ -77,7 +77,7 @@ def chat(
             terminal.say(said, f"there is no {word.split()[0]}: {_HELP}")
         elif word:
             try:
-                answers = talk.ask(line.rstrip("\n"))
+                answers = talk.ask(line.rstrip("\r\n"))
                 _show(console, names, answers) if talks else _print(names, answers)
             except UserError as error:  # of a conversation that has become too long
                 talk.forget()
@@ -89,7 +89,7 @@ def chat(
 def _read(talks: bool, console: Console) -> str | None:
     """The next line; None at the end."""
     if not talks:
-        return sys.stdin.readline() or None
+        return sys.stdin.buffer.readline().decode(sys.stdin.encoding, errors="replace") or None
     with suppress(ImportError):
         import readline  # noqa: F401  history and editing, where Python has it
     while True:
@@ -100,6 +100,8 @@ def _read(talks: bool, console: Console) -> str | None:
             return None
         except KeyboardInterrupt:
             terminal.say(console, "\nCtrl-D ends")
+        except UnicodeDecodeError:
+            terminal.say(console, f"that line was not {sys.stdin.encoding.upper()}")
 
 
 class Talk:

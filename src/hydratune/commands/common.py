@@ -1,11 +1,13 @@
-"""What the commands have in common: how errors end, and how a run is named."""
+"""What the commands have in common: how errors end, how a run is named, where something new may be written."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 import typer
@@ -30,6 +32,34 @@ def clear(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(error.exit_code) from None
 
     return wrapped
+
+
+def require_new(key: str, path: Path, *, folder: bool) -> None:
+    """See to it that a file, or a folder that may be there if it is empty, can be made, before anything slow begins.
+
+    Raises:
+        UserError: something is there, or it cannot be written; nothing is left behind.
+    """
+    what = "directory" if folder else "file"
+    missing: list[Path] = []
+    try:
+        if path.exists() and not (folder and path.is_dir() and not any(path.iterdir())):
+            raise UserError(Violation(key, str(path), "is already there", f"name a new {what}"))
+        missing = [place for place in (path, *path.parents) if not place.exists()]
+        (path if folder else path.parent).mkdir(parents=True, exist_ok=True)
+        if folder:
+            TemporaryFile(dir=path).close()
+        else:
+            path.touch(exist_ok=False)
+            path.unlink()
+    except OSError as error:
+        why = f"cannot be written ({error.strerror or error})"
+        fix = f"name a new {what} in a folder that you may write to"
+        raise UserError(Violation(key, str(path), why, fix)) from None
+    finally:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> str:

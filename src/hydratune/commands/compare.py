@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,10 +82,11 @@ def compare(
 def _found(names: Sequence[str], home: Path) -> list[Run]:
     """The runs of names, each once; a study stands for its trials that wrote anything."""
     found: list[Run] = []
+    known = cache(lambda: find_runs(home))  # once, when a first name needs it
     for name in names:
         places = (Path(name).expanduser(), home / name, home / "sweeps" / name)
         study = next(filter(is_study, places), None)
-        trials = sorted(find_runs(study), key=_number) if study is not None else [find_run(name, home)]
+        trials = sorted(find_runs(study), key=_number) if study is not None else [find_run(name, home, known)]
         if study is not None and len(trials) < (2 if len(names) == 1 else 1):
             why = "only one trial of this study has begun" if trials else "no trial of this study has begun"
             raise UserError(Violation("RUN", name, why, "let it go on, or name another run too"))

@@ -79,8 +79,10 @@ def doctor(
                 found[title].append(finding)
                 if shown is not None:
                     _show(shown, finding)  # at once: what comes next may have to import torch
-        except ImportError as error:  # a broken installation is what this is for
-            found[title].append(Finding(title, "bad", f"cannot be imported: {error}", "pip install -e ."))
+        except Exception as error:  # a broken installation is what this is for: of a library, many kinds
+            first = (str(error).splitlines() or [""])[0]
+            says = f"cannot be told: {type(error).__name__}: {first}"
+            found[title].append(Finding(title, "bad", says, "mend what it names, or: pip install -e ."))
             if shown is not None:
                 _show(shown, found[title][-1])
     able = all(f.level != "bad" for f in found["packages"])

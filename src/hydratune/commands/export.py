@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from hydratune.commands.common import Home, RunName, clear, one_of
+from hydratune.commands.common import Home, RunName, clear, one_of, require_new
 from hydratune.errors import UserError, Violation
 from hydratune.runs import HOME
 
@@ -39,9 +39,10 @@ def merge(
     Example: `hydratune merge outputs/RUN merged`
     """
     wanted = _dtype(dtype)
-    from hydratune.adapters import find_adapter, free_folder, merge_adapter
+    from hydratune.adapters import find_adapter, merge_adapter
 
-    find_adapter(source), free_folder(target)
+    find_adapter(source)
+    require_new("target", target, folder=True)
     print(f"merged model in {merge_adapter(source, target, dtype=wanted)}")
 
 
@@ -65,8 +66,7 @@ def export(
     from hydratune.trained import find_model
 
     place = find_model(run, home)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(Violation("DIR", str(target), "is already there", "name a new directory"))
+    require_new("DIR", target, folder=True)
     wanted = _dtype(dtype)
     hub = _hub(push_to_hub) if push_to_hub else None  # before anything is made
     from hydratune.export import export_model

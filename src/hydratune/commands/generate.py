@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
-from hydratune.commands.common import Home, RunName, clear
+from hydratune.commands.common import Home, RunName, clear, require_new
 from hydratune.errors import UserError, Violation
 from hydratune.runs import HOME
 
@@ -56,8 +56,8 @@ def generate(
         raise UserError(
             Violation("--num", num, "completions at temperature 0 are all the same", "raise it, or --num 1")
         )
-    if out is not None and out.exists():
-        raise UserError(Violation("--out", str(out), "is already there", "name a new file"))
+    if out is not None:
+        require_new("--out", out, folder=False)
     asked = [_asked(row, system, raw) for row in rows]
     from hydratune.trained import find_writer, load_writer
 
@@ -127,15 +127,20 @@ def _of_files(path: str) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _of_lines(stream: IO[str]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(stream, 1):
+def _of_lines(stream: TextIO) -> Iterator[dict[str, Any]]:
+    for number, raw in enumerate(stream.buffer, 1):
+        try:
+            line = raw.decode(stream.encoding).rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            why = f"is not {stream.encoding.upper()} (byte {error.start + 1} of the line)"
+            raise UserError(Violation(f"stdin:{number}", None, why, "convert it, e.g. with iconv")) from None
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        row = row if isinstance(row, dict) else {"prompt": line.rstrip("\n")}
+        row = row if isinstance(row, dict) else {"prompt": line}
         _check(row, f"stdin:{number}")
         yield row
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from hydratune.dashboard.drawn import can_draw
 from hydratune.objective import default
@@ -33,7 +34,8 @@ _NO_COLUMN = (
     "tracking",
     "sweep",
 )
-_SPACES = re.compile(r"\s*(<=|>=|!=|<|>|=|~)\s*")
+_SIGN = re.compile(r"<=|>=|!=|<|>|=|~")
+_SPACES = re.compile(rf"""('[^']*'|"(?:[^"\\]|\\.)*"|\\.)|\s*({_SIGN.pattern})\s*""")  # none in quotes
 
 
 class _Read(Run):
@@ -84,8 +86,13 @@ def filters(text: str) -> list[str]:
     Raises:
         ValueError: a quote is not closed.
     """
-    words = shlex.split(_SPACES.sub(r"\1", text))
-    return [word if _SPACES.search(word) else f"name~{word}" for word in words]
+    words = shlex.split(_SPACES.sub(lambda found: found[1] or found[2], text))
+    return [word if _SIGN.search(word) else f"name~{word}" for word in words]
+
+
+def below(path: str) -> str:
+    """The address of our page with the runs below a folder, by its path below ours; all of them for an empty one."""
+    return f"/?filter={quote(f'name~{shlex.quote(path)}')}" if path else "/"
 
 
 def chosen(runs: list[Run], text: str) -> list[Run]:

@@ -6,7 +6,7 @@ import itertools
 import json
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs
 
 from dash import ALL, MATCH, Dash, Input, Output, Patch, State, ctx, no_update
 
@@ -115,10 +115,9 @@ def _study(studies: Studies, place: Any) -> dict[str, Any]:
         best = ", ".join(f"{o} {v:.5g}" for o, v in values) + (f" and {len(others)} more" if others else "")
     except (OSError, ValueError, KeyError):  # no trial has completed
         pass
-    link = studies.link(place.folder)
     return {
         "number": place.number, "name": place.name, "states": states, "best": best,
-        "runs": f"/?filter={quote('name~')}{link}" if link else "/",
+        "runs": studies.runs_link(place.folder),
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import socket
 import sys
 import webbrowser
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +20,7 @@ from optuna_dashboard import wsgi as optuna_dashboard
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from hydratune.dashboard.drawn import drawn
-from hydratune.dashboard.library import Library
+from hydratune.dashboard.library import Library, below
 from hydratune.dashboard.page import build
 from hydratune.dashboard.studies import Curves, Studies
 from hydratune.errors import UserError, Violation
@@ -114,18 +115,14 @@ def _serve_files(server: Flask, home: Path) -> None:
         if path.is_dir():
             if name and not name.endswith("/"):
                 return redirect(f"/runs/{name}/")
-            entries = [entry for entry in path.iterdir() if entry.exists() and _inside(root, entry)]
-            entries.sort(key=lambda p: (p.is_file(), p.name))
-            is_run = any(entry.name in ("config.yaml", "summary.json") for entry in entries)
-            below = "" if path == root else quote(f"{'' if is_run else 'name~'}{path.relative_to(root)}")
-            rows = [
-                (p.name + "/" * p.is_dir(), "" if p.is_dir() else _size(p.stat().st_size)) for p in entries
-            ]
+            rows = _listed(root, path)
+            is_run = any(entry in ("config.yaml", "summary.json") for entry, _ in rows)
+            place = "" if path == root else str(path.relative_to(root))
             return page.render(
                 name=name.strip("/"),
                 folder=path,
                 rows=rows,
-                curves=f"/?{'run' if is_run else 'filter'}={below}" if below else "/",
+                curves=f"/?run={quote(place)}" if place and is_run else below(place),
             )
         kind = "text/plain" if path.suffix in _TEXT else mimetypes.guess_type(path.name)[0]
         if path.suffix in _TEXT and path.suffix not in (".jsonl", ".csv"):
@@ -140,9 +137,21 @@ def _inside(root: Path, path: Path) -> Path | None:
     """Where a path leads, links followed; None where that is outside of the folder, or nowhere."""
     try:
         found = path.resolve()
-    except (OSError, RuntimeError, ValueError):  # links in a circle, or no name of a file at all
+        found.exists()
+    except (OSError, RuntimeError, ValueError):  # links in a circle, too long, or no name of a file at all
         return None
     return found if found.is_relative_to(root) else None
+
+
+def _listed(root: Path, folder: Path) -> list[tuple[str, str]]:
+    """The name of each thing in a folder and its size, folders first; not of what has gone meanwhile, or leads out."""
+    rows = []
+    for entry in folder.iterdir():
+        with suppress(OSError):
+            if _inside(root, entry):
+                is_dir, size = entry.is_dir(), entry.stat().st_size
+                rows.append((not is_dir, entry.name + "/" * is_dir, "" if is_dir else _size(size)))
+    return [(name, size) for _, name, size in sorted(rows)]
 
 
 def _file(answer: Response, path: Path) -> Response:

@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hydratune.dashboard import places as on_disk
 from hydratune.dashboard.drawn import drawn
+from hydratune.dashboard.library import below
 from hydratune.dashboard.places import Place
 from hydratune.dashboard.questions import PATIENCE, NoAnswer, Question
 from hydratune.runs import find_studies
@@ -157,10 +158,9 @@ class Studies(BaseStorage):
                 result[f"dashboard:{trial}:note_str:0"] = self._note(place, number)
         if "dashboard:note_ver" not in result:
             link = self.link(place.folder)
-            runs = f"/?filter={quote('name~')}{link}" if link else "/"
             result["dashboard:note_ver"] = 0
             result["dashboard:note_str:0"] = (
-                f"[All runs of this study]({runs}) · [report](/runs/{link}report.html) · [files](/runs/{link})\n\n"
+                f"[All runs of this study]({self.runs_link(place.folder)}) · [report](/runs/{link}report.html) · [files](/runs/{link})\n\n"
                 f"Directory: `{place.folder}`"
             )
         return result
@@ -175,7 +175,14 @@ class Studies(BaseStorage):
 
     def link(self, folder: Path) -> str:
         """A folder's path below ours for an address, with a slash at its end; empty for ours itself."""
-        return "" if folder == self._home else quote(f"{folder.relative_to(self._home)}/")
+        return quote(self._below(folder))
+
+    def runs_link(self, folder: Path) -> str:
+        """The address of our page with the runs of a study."""
+        return below(self._below(folder))
+
+    def _below(self, folder: Path) -> str:
+        return "" if folder == self._home else f"{folder.relative_to(self._home)}/"
 
     # What optuna-dashboard and optuna.load_study read
 

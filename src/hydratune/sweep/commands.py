@@ -12,30 +12,60 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hydratune.commands.common import clear
+from hydratune.commands.common import Home, clear
 from hydratune.errors import UserError, Violation, nearest
+from hydratune.runs import HOME, find_studies, is_study
 
 app = typer.Typer(no_args_is_help=True, help="Studies: their state, their best trial, their dashboard.")
-HOME = Path("outputs/sweeps")
-StudyName = Annotated[str, typer.Argument(help="A study's folder, or its name under outputs/sweeps.")]
+StudyName = Annotated[str, typer.Argument(help="A study's folder, or its name.")]
+_AGAIN = "it is written anew when the study goes on: hydratune sweep resume STUDY"
+_FACTS = {"trials": list, "objectives": list, "directions": list, "front": list, "commands": dict}
 
 
-def find(study: str) -> Path:
-    """The folder of a study.
+def find(study: str, home: Path = HOME) -> Path:
+    """The folder of a study, begun or done, by its path, its path below `home`, or its name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or several have that name.
     """
-    for folder in (Path(study).expanduser(), HOME / study):
-        if (folder / "study.json").is_file():
+    for folder in (Path(study).expanduser(), home / study, home / "sweeps" / study):
+        if is_study(folder):
             return folder
-    known = [p.parent.name for p in HOME.glob("*/study.json")]
-    why = "is no folder of a study with a finished trial, and no name of one in outputs/sweeps"
-    raise UserError(Violation("STUDY", study, why, nearest(study, known) if known else "give its folder"))
+    known = find_studies(home)
+    named = [folder for folder in known if folder.name == study]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        shown = ", ".join(map(str, named[:5]))
+        raise UserError(Violation("STUDY", study, f"fits {len(named)} studies: {shown}", "give its folder"))
+    why = f"is no folder of a study, and no name of one under {home}"
+    fix = nearest(study, [folder.name for folder in known]) if known else "give its folder, or --home"
+    raise UserError(Violation("STUDY", study, why, fix))
 
 
 def read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "study.json").read_text(encoding="utf-8"))
+    """What study.json tells.
+
+    Raises:
+        UserError: it is not there yet, or damaged.
+    """
+    path = folder / "study.json"
+    try:
+        facts = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            Violation("STUDY", str(folder), "no trial has finished yet", "let it go on")
+        ) from None
+    except (OSError, ValueError) as error:
+        why = f"its study.json cannot be read ({error})"
+        raise UserError(Violation("STUDY", str(folder), why, _AGAIN)) from None
+    wrong = [
+        k for k, kind in _FACTS.items() if not isinstance(facts, dict) or not isinstance(facts.get(k), kind)
+    ]
+    if wrong:
+        why = f"its study.json does not tell {', '.join(wrong)}"
+        raise UserError(Violation("STUDY", str(folder), why, _AGAIN))
+    return facts
 
 
 @app.command()
@@ -44,7 +74,8 @@ def status(
     study: Annotated[
         str | None, typer.Argument(help="A study's folder or name; none: list them all.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Trials to show, the best first; 0 for all.")] = 20,
+    rows: Annotated[int, typer.Option(help="Trials to show, the best first; 0 for all.", min=0)] = 20,
+    home: Home = HOME,
 ) -> None:
     """How a study stands, as of its last finished trial; without a name, one line for each study.
 
@@ -54,12 +85,17 @@ def status(
 
     console = Console(soft_wrap=True)
     if study is None:
-        for path in sorted(HOME.glob("*/study.json"), key=lambda p: -p.stat().st_mtime):
-            facts = read(path.parent)
-            print(f"{path.parent}: {_counts(facts)}{_best_line(facts)}")
+        studies = find_studies(home)
+        for folder in sorted(studies, key=_modified, reverse=True):
+            try:
+                facts = read(folder)
+                print(f"{folder}: {_counts(facts)}{_best_line(facts)}")
+            except UserError as error:
+                print(f"{folder}: {error.violations[0].why}")
+        if not studies:
+            print(f"no study under {home}")
         return
-    folder = find(study)
-    facts = read(folder)
+    facts = read(find(study, home))
     names = list(dict.fromkeys(k for t in facts["trials"] for k in t["settings"]))
     table = Table(box=None, pad_edge=False)
     for name in ["", "trial", "state", *facts["objectives"], *names, "seconds", "reason"]:
@@ -89,6 +125,12 @@ def status(
             print(command)
 
 
+def _modified(folder: Path) -> float:
+    """When a study last had a result, or began."""
+    marks = [folder / "study.json", folder / ".study"]
+    return max((path.stat().st_mtime for path in marks if path.is_file()), default=0.0)
+
+
 def _counts(facts: dict[str, Any]) -> str:
     states: dict[str, int] = {}
     for t in facts["trials"]:
@@ -104,12 +146,12 @@ def _best_line(facts: dict[str, Any]) -> str:
 
 @app.command()
 @clear
-def best(study: StudyName) -> None:
+def best(study: StudyName, home: Home = HOME) -> None:
     """The command that runs the best trial again, or those of the Pareto front.
 
     Example: `hydratune sweep best STUDY`
     """
-    folder = find(study)
+    folder = find(study, home)
     facts = read(folder)
     if not facts["front"]:
         raise UserError(
@@ -128,29 +170,30 @@ def rerun(
     context: typer.Context,
     study: StudyName,
     trial: Annotated[int | None, typer.Option(help="Number of the trial; default: the best.")] = None,
+    home: Home = HOME,
 ) -> None:
     """Run one trial again as a run of its own; what follows is added to its command.
 
     Example: `hydratune sweep rerun STUDY --trial 3 max_steps=1000`
     """
-    folder = find(study)
-    facts = read(folder)
-    number = trial if trial is not None else next(iter(facts["front"]), None)
+    folder = find(study, home)
+    number = trial if trial is not None else next(iter(read(folder)["front"]), None)
     script = folder / str(number) / "command.sh"
     if number is None or not script.is_file():
-        known = ", ".join(str(t["number"]) for t in facts["trials"])
+        numbers = [path.parent.name for path in folder.glob("*/command.sh")]
+        known = ", ".join(sorted(filter(str.isdecimal, numbers), key=int)) or "none has one yet"
         raise UserError(Violation("--trial", number, "has no command", f"give one of: {known}"))
     raise typer.Exit(subprocess.run(["sh", str(script), *context.args], check=False).returncode)
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @clear
-def resume(context: typer.Context, study: StudyName) -> None:
+def resume(context: typer.Context, study: StudyName, home: Home = HOME) -> None:
     """Go on with a study; what follows is added to its command.
 
     Example: `hydratune sweep resume STUDY sweep.n_trials=60`
     """
-    folder = find(study)
+    folder = find(study, home)
     try:
         known = json.loads((folder / "command.json").read_text(encoding="utf-8"))
     except OSError:
@@ -167,6 +210,7 @@ def dashboard(
     study: StudyName,
     port: Annotated[int, typer.Option(help="Of the page; 0: any free one.")] = 8080,
     open: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    home: Home = HOME,
 ) -> None:
     """Optuna's dashboard of one study on 127.0.0.1, with its runs; `hydratune dashboard` shows all.
 
@@ -174,4 +218,4 @@ def dashboard(
     """
     from hydratune.dashboard.start import start
 
-    start(find(study), port=port, show=open, path="/dashboard/studies/1")
+    start(find(study, home), port=port, show=open, path="/dashboard/studies/1")
