@@ -13,7 +13,7 @@ help:
 	@echo "make test-gpu                            the tests of numbers on a CUDA device"
 	@echo "make dashboard [ARGS=\"--port 8081\"]     set up and browse studies and runs on 127.0.0.1"
 	@echo "make check                               lint, format, types"
-	@echo "make bench                               benchmarks against TRL, on a CPU (most of an hour)"
+	@echo "make bench                               benchmarks against TRL, on a CPU; takes long"
 	@echo "make bench-gpu                           the same on a GPU, with models of 0.5 to 8 billion parameters"
 	@echo "make docs                                the documents as a site, in build/site"
 

@@ -77,7 +77,7 @@ def by_document(
     Returns:
         Sums and counts, [D] or [B], fp64.
     """
-    _, positions = _labelled(labels)
+    _, positions = _labelled(labels, len(values))
     if boundaries is None:
         owner, many = positions // labels.shape[1], len(labels)
     else:

@@ -227,7 +227,7 @@ def test_the_commands_of_the_documents_do_what_they_say(world, monkeypatch, tmp_
 WRONG = (
     "python train.py lrr=1", "python train.py algo=kto batch_size=1", "python train.py -m lr=1e-4,abc",
     "accelerate launch train.py peft=lorra", "hydratune sweep stats", "hydratune merge RUN", "make nothing",
-    "python bench/nothing.py", "python bench/sft.py --nothing", "python -m hydratune.nothing",
+    "python bench/nothing.py", "python bench/offline.py sft --nothing", "python -m hydratune.nothing",
     "pip install 'hydratune[nothing]'", "wandb sweep sweeps/wandb/nothing.yaml", "nothing",
 )  # fmt: skip
 

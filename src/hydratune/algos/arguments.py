@@ -51,7 +51,8 @@ class BaseConfig(transformers.TrainingArguments):
         False, "Keep activations in host memory between forward and backward."
     )
     compile_layers: bool = option(
-        False, "Compile each layer of the model (regional torch.compile); pays off in long runs on a GPU."
+        False,
+        "Compile each layer of the model (regional torch.compile), which takes a minute or more at first.",
     )
     router_aux_loss_coef: float | None = option(
         None, "Weight of a mixture-of-experts' balance loss; null: the model's."
@@ -104,9 +105,8 @@ def config_of(args: Any, config_class: type[Any], model: Any) -> Any:
         own = config_class(
             **{f.name: getattr(args, f.name) for f in fields(args) if f.init and f.name in known}
         )
-    if (
-        own.n_gpu > 1
-    ):  # torch's DataParallel would cut a batch that is one row, and the loss is not of one device's rows
+    # torch's DataParallel would cut a batch that is one row, and the loss is not of one device's rows
+    if own.n_gpu > 1:
         log.warning(
             "%d GPUs are here and the first is used: for all of them start with accelerate launch", own.n_gpu
         )

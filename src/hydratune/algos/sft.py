@@ -23,7 +23,7 @@ from hydratune.models import ModelRecipe
 from hydratune.packing import settle_padding
 from hydratune.settings import option
 
-_SHORT = 64  # tokens, on a CPU: measured in bench/RESULTS.md, sft-bytes
+_SHORT = 64  # tokens, on a CPU: docs/log.md tells what was measured
 METRICS = ("entropy", "mean_token_accuracy")
 
 
