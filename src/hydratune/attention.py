@@ -112,6 +112,23 @@ def _mask(
     )
 
 
+def unmasked(inputs: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A model's inputs with the word that no mask is needed, where that is so: a row with its documents' boundaries.
+
+    Without a mask transformers asks in every forward pass whether positions restart, for which a GPU is waited for. A mask of
+    four dimensions it passes on as it is, so that an empty one reaches `_attend`, which knows it.
+
+    Args:
+        config: of the model, which is to have our own attention. A mixture of experts may count tokens by the mask.
+    """
+    text = config.get_text_config()
+    known = config._attn_implementation == NAME and _full_attention(text)
+    ids = inputs["input_ids"]
+    if not known or "cu_seq_lens_q" not in inputs or len(ids) > 1 or hasattr(text, "output_router_logits"):
+        return inputs
+    return {**inputs, "attention_mask": ids.new_empty((1, 1, 1, 0))}
+
+
 def _attend(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -131,6 +148,11 @@ def _attend(
         raise ValueError(
             f"{NAME} has neither sliding windows nor capped logits: use sdpa, eager or flex_attention"
         )
+    if attention_mask is not None and not attention_mask.numel():  # of `unmasked`
+        attention_mask = None
+    if torch.is_autocast_enabled(query.device.type):  # a rotary embedding in fp32 has made them fp32 again
+        half = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(half), key.to(half), value.to(half)
     boundaries = kwargs.get("cu_seq_lens_q")
     alone = attention_mask is None and query.shape[0] == 1 and query.shape[2] == key.shape[2] > 1
     if boundaries is None and alone:

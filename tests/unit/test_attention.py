@@ -218,3 +218,49 @@ def test_chunked_attention_keeps_its_mask():
         for i in (attention.NAME, "sdpa")
     )
     assert torch.allclose(own, plain, atol=1e-5)
+
+
+def test_under_autocast_the_kernel_gets_half_precision(monkeypatch):
+    """A rotary embedding in fp32 makes queries and keys fp32 again, which the varlen kernel on a GPU does not take."""
+    model, seen = model_of("qwen2", attention.NAME), []
+    inner = F.scaled_dot_product_attention
+
+    def watched(query, key, value, *args, **kwargs):
+        seen.append((query.dtype, key.dtype, value.dtype))
+        return inner(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", watched)
+    packed = SFTCollator(pad_token_id=0, padding_free=True)(documents())
+    packed.pop("labels")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**packed, use_cache=False)
+    assert set(seen) == {(torch.bfloat16,) * 3}
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3"])
+def test_a_row_with_boundaries_needs_no_mask(kind, monkeypatch):
+    """The word that no mask is needed changes no logits, and transformers does not look whether positions restart."""
+    from transformers import masking_utils
+
+    model = model_of(kind, attention.NAME)
+    packed = SFTCollator(pad_token_id=0, padding_free=True)(documents())
+    packed.pop("labels")
+    expected = model(**packed, use_cache=False).logits
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: pytest.fail("it looked"))
+    told = attention.unmasked(packed, model.config)
+    assert torch.equal(model(**told, use_cache=False).logits, expected)
+
+
+def test_the_word_that_no_mask_is_needed_is_not_given_where_it_is():
+    packed = SFTCollator(pad_token_id=0, padding_free=True)(documents())
+    padded = SFTCollator(pad_token_id=0)(documents())
+    ours = model_of("qwen2", attention.NAME).config
+    sliding = model_of(
+        "qwen2", attention.NAME, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    )
+    experts = AutoConfig.for_model("mixtral")
+    experts._attn_implementation = attention.NAME
+    for inputs, config in (
+        (padded, ours), (packed, model_of("qwen2", "sdpa").config), (packed, sliding.config), (packed, experts),
+    ):  # fmt: skip
+        assert attention.unmasked(inputs, config) is inputs

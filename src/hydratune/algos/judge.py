@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hydratune.algos.base import BaseTrainer
+from hydratune.attention import unmasked
 from hydratune.fused_head import LogpsHead, rows_at
 from hydratune.logps import Loss, TokenStats, logps_of
 from hydratune.models import ModelRecipe
@@ -50,7 +51,7 @@ class RowTrainer(BaseTrainer):
 
     def inputs_of(self, layout: dict[str, Any]) -> dict[str, Any]:
         """What the model takes of a layout."""
-        inputs = {name: layout[name] for name in _OF_THE_MODEL if name in layout}
+        inputs = unmasked({name: layout[name] for name in _OF_THE_MODEL if name in layout}, self.model.config)
         if self.balances_experts and torch.is_grad_enabled():
             inputs["output_router_logits"] = True
         return inputs

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from hydratune.algos.arguments import BaseConfig
 from hydratune.algos.base import BaseTrainer
+from hydratune.attention import unmasked
 from hydratune.data.collate import SFTCollator
 from hydratune.data.pipeline import prepare
 from hydratune.fused_head import FusedHead, Stats, by_document, cross_entropy, select
@@ -162,7 +163,7 @@ class SFTTrainer(BaseTrainer):
         Returns:
             The scalar loss, with the model's outputs (and their full logits) if `return_outputs`.
         """
-        batch = {**inputs, "use_cache": False}
+        batch = unmasked({**inputs, "use_cache": False}, self.model.config)
         labels, labelled = batch.pop("labels"), batch.pop("labelled", None)
         if type(self.data_collator) is not SFTCollator:  # one around it may have changed the labels
             labelled = None
