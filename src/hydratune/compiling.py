@@ -1,18 +1,41 @@
-"""Regional compilation: each of a model's repeated layers by itself, which costs the compiler one layer instead of all.
+"""A model's layers made quick: fused (`fused_layers.py`), or compiled.
+
+Regional compilation compiles each of a model's repeated layers by itself, which costs the compiler one layer instead of all.
 
 The rest of a step, above all the fused head and the choice of rows, stays as it is.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
+from hydratune.fused_layers import fuse
+
 uncompiled = torch.compiler.set_stance("force_eager")
 """Decorates what runs a model a few times, in shapes of its own, for which no compiler should run: probes, completions."""
+
+
+def make_quick(model: nn.Module, args: Any) -> None:
+    """What the arguments ask for, in place. A model has it in all its roles, so that policy and reference round alike."""
+    if args.compile_layers:
+        compile_layers(model)
+    elif fuses(args):
+        fuse(model)
+
+
+def fuses(args: Any) -> bool:
+    """Whether layers are fused: not where FSDP or DeepSpeed gathers weights for the modules that own them.
+
+    `accelerate launch` says in the environment that they do.
+    """
+    asked = (os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED"))
+    sharded = bool(args.fsdp) or bool(args.deepspeed) or "true" in asked
+    return args.fused_layers and not (args.compile_layers or args.use_liger_kernel or sharded)
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> int:

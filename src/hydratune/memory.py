@@ -1,9 +1,10 @@
 """An estimate of a run's peak memory before anything is loaded, and the smallest changes that would make it fit.
 
-Counted per token and layer, in values: 4 f of the gated MLP, 2 h_kv of keys and values, and 8 h of norms, queries,
-attention output and residual (h hidden, f intermediate size). That is the count of Korthikanti et al. (arXiv:2205.05198,
-eq. 1) without the scores, which sdpa and flash attention do not keep, for a gated MLP and grouped keys. Under autocast the
-products are 2 bytes wide, the norms stay 4, and each weight has a cast copy.
+Counted per token and layer, in values: 2 f of the gated MLP, 2 h_kv of keys and values, and 6 h of norms, queries and
+attention output (h hidden, f intermediate size), where layers are fused; else 4 f, 2 h_kv and 8 h, which is the count of
+Korthikanti et al. (arXiv:2205.05198, eq. 1) without the scores, which sdpa and flash attention do not keep, for a gated MLP and
+grouped keys. Under autocast the products are 2 bytes wide, the norms and the residual of fp32 weights stay 4, and each such
+weight has a cast copy.
 
 An online run rolls out before it trains, when there are no gradients and no activations, so that the larger of the two
 counts: sampling (keys and values, logits), or scoring (one layer's values of a forward pass without gradients).
@@ -16,6 +17,8 @@ from math import ceil
 from typing import Any
 
 from hydratune.columns import ROOM
+from hydratune.compiling import fuses
+from hydratune.fused_layers import is_known
 from hydratune.logps import chunk_rows
 
 _ADAM_STATES = {
@@ -95,6 +98,7 @@ class Load:
     critic: Shape | None = None  # a value model, trained with the policy and like it
     judges: tuple[Shape, ...] = ()  # reward models
     rollout: Rollout | None = None  # of an online run; `length` is then that of a prompt with its completion
+    fused: bool = False  # layers are
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,7 @@ def load_of(
         critic=critic,
         judges=judges,
         rollout=rollout,
+        fused=fuses(args) and is_known(model),
     )
 
 
@@ -261,10 +266,16 @@ def _trained_tokens(load: Load) -> int:
 def _activations(load: Load, shape: Load | Shape, tokens: int) -> int:
     """What a forward pass keeps for its backward pass."""
     low = load.autocast or shape.width == 2
-    layer = (2 if low else 4) * (4 * shape.intermediate + 2 * shape.kv) + (26 if low else 32) * shape.hidden
-    kept = shape.layers * shape.hidden * shape.width + layer  # each layer's input, and one layer recomputed
-    casts = 2 * shape.parameters if load.autocast and shape.width == 4 else 0
-    return tokens * (kept if load.checkpointing else shape.layers * layer) + casts
+    mixed = load.autocast and shape.width == 4
+    gated = (2 if low else 4) * shape.intermediate
+    states = {False: (36 if mixed else 26 if low else 32), True: (22 if mixed else 12 if low else 24)}
+    layer = (
+        (2 if load.fused else 4) * gated + (4 if low else 8) * shape.kv + states[load.fused] * shape.hidden
+    )
+    # each layer's input, and one layer recomputed; of fused layers one's gated states are made again in any case
+    kept = shape.layers * shape.hidden * shape.width + layer if load.checkpointing else shape.layers * layer
+    casts = 2 * shape.parameters if mixed else 0
+    return tokens * (kept + 2 * load.fused * gated) + casts
 
 
 def _blocks(load: Load, rows: int) -> int:

@@ -150,7 +150,7 @@ def test_compiled_layers_change_nothing(tmp_path, monkeypatch, attn):
     def traced(model):
         counted.append(compile_layers(model, backend="eager"))
 
-    monkeypatch.setattr("hydratune.algos.base.compile_layers", traced)
+    monkeypatch.setattr("hydratune.compiling.compile_layers", traced)
     plain = trajectory(trainer(tmp_path / "a", max_steps=4, attn_implementation=attn))
     compiled = trainer(tmp_path / "b", max_steps=4, attn_implementation=attn, compile_layers=True)
     names = [*compiled.model.state_dict()]

@@ -39,7 +39,7 @@ def rows(algo: str) -> Dataset:
 
 @pytest.mark.parametrize("algo", ["dpo", "kto", "reward"])
 @pytest.mark.parametrize("adapter", [False, True])
-@pytest.mark.parametrize("attention,most", [("sdpa", 1.1), ("hydratune_varlen", 1.35)])
+@pytest.mark.parametrize("attention,most", [("sdpa", 1.15), ("hydratune_varlen", 1.35)])
 def test_the_estimate_is_near_the_peak(algo, adapter, attention, most, tmp_path, monkeypatch):
     """Padded it is near; with shared prompts, which the estimate leaves out of account, it is above."""
     monkeypatch.setattr(small, "ARCHITECTURE", small.ARCHITECTURE | WIDE)

@@ -50,6 +50,11 @@ class BaseConfig(transformers.TrainingArguments):
     activation_offloading: bool = option(
         False, "Keep activations in host memory between forward and backward."
     )
+    fused_layers: bool = option(
+        True,
+        "Norms, attention's projections and gated MLPs as one operation each, which takes less memory and time, where that gives "
+        "what the model's own layers give; not with compiled layers, Liger's kernels, FSDP or DeepSpeed.",
+    )
     compile_layers: bool = option(
         False,
         "Compile each layer of the model (regional torch.compile), which takes a minute or more at first.",

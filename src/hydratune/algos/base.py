@@ -27,7 +27,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hydratune import adapters, attention
 from hydratune.algos.arguments import BaseConfig, check_options, config_of, once
 from hydratune.checkpoints import COUNTERS
-from hydratune.compiling import compile_layers
+from hydratune.compiling import make_quick
 from hydratune.errors import TrainingFailed, UserError, Violation
 from hydratune.fused_head import base_of, is_exact
 from hydratune.memory import model_needs_checkpointing
@@ -321,8 +321,7 @@ class BaseTrainer(transformers.Trainer):
 
     def _settle(self, model: Any, args: Any, tokenizer: Any) -> None:
         self.make_ready(model, args, tokenizer)
-        if args.compile_layers:
-            compile_layers(model)
+        make_quick(model, args)
 
     def _wrapped(self, model: Any, seed: int) -> Any:
         with torch.random.fork_rng():

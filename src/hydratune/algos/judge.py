@@ -15,6 +15,7 @@ import torch
 
 from hydratune.algos.base import BaseTrainer
 from hydratune.attention import unmasked
+from hydratune.compiling import make_quick
 from hydratune.fused_head import LogpsHead, rows_at
 from hydratune.logps import Loss, TokenStats, logps_of
 from hydratune.models import ModelRecipe
@@ -112,6 +113,7 @@ class JudgingTrainer(RowTrainer):
             given = self._load_reference(given)
         if given is not None:
             given.set_attn_implementation(self.model.config._attn_implementation)
+            make_quick(given, self.args)
         return given
 
     def _hold(self, policy: Any, given: Any = None) -> None:

@@ -20,6 +20,7 @@ from hydratune import memory
 from hydratune import value_model as values_of
 from hydratune.algos.online import OnlineTrainer
 from hydratune.algos.online_config import OnlineConfig
+from hydratune.compiling import make_quick
 from hydratune.episodes import Episodes
 from hydratune.errors import UserError, Violation
 from hydratune.models import ModelRecipe
@@ -221,6 +222,7 @@ class PPOTrainer(OnlineTrainer):
                 getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             )
             enable()
+        make_quick(model, self.args)
         self.value_model = self.accelerator.prepare_model(model.train())
 
     @classmethod
