@@ -21,7 +21,7 @@ from arms import BEST, DEFAULTS, OURS, alternate, check_losses, measure, report
 from sizes import SIZES, config
 
 CLASSES = {"sft": "SFT", "reward": "Reward", "dpo": "DPO", "kto": "KTO"}
-PADDED, COMPILED = "ours, padded", "ours, layers compiled"
+PADDED, COMPILED, PLAIN = "ours, padded", "ours, layers compiled", "ours, layers as they are"
 
 
 def parse() -> argparse.Namespace:
@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--packed", action="store_true", help="SFT alone")
     parser.add_argument("--compiled", action="store_true", help="also ours with compiled layers")
+    parser.add_argument("--plain", action="store_true", help="also ours with layers that are not fused")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--case", default="", help="name of the figures in --json")
     parser.add_argument("--json", help="file for the figures")
@@ -59,6 +60,8 @@ def arms(options: argparse.Namespace, cuda: bool) -> dict[str, tuple[str, dict[s
     made = {OURS: ("hydratune", packed)}
     if not packed:
         made[PADDED] = ("hydratune", {"padding_free": False})
+    if options.plain:
+        made[PLAIN] = ("hydratune", packed | {"fused_layers": False})
     if options.compiled:
         made[COMPILED] = ("hydratune", packed | {"compile_layers": True})
     made[DEFAULTS] = ("trl", packed)

@@ -58,8 +58,8 @@ _REAL = f"--tokenizer {{{NEOX}}} --max-length 384 --rows 48 --steps 6"
 _HALF = f"--size qwen2.5-0.5b --tokenizer {{{QWEN}}} --max-length 1024 --rows 256 --batch 16 --steps 12"
 CASES: dict[str, dict[str, Case]] = {
     "cpu": {
-        "sft": _offline("sft", f"--data {{{CONVERSATIONS}}} {_REAL}", 5, 2.5, 0.8),
-        "sft-lora": _offline("sft", f"--lora --size wide --data {{{CONVERSATIONS}}} {_REAL}", 5, 2.5, 0.8),
+        "sft": _offline("sft", f"--plain --data {{{CONVERSATIONS}}} {_REAL}", 5, 2.5, 0.8),
+        "sft-lora": _offline("sft", f"--plain --lora --size wide --data {{{CONVERSATIONS}}} {_REAL}", 5, 2.5, 0.8),
         "sft-packed": _offline("sft", f"--packed --batch 2 --data {{{CONVERSATIONS}}} {_REAL}", 5, 2.5, 0.8),
         "sft-151k": _offline(
             "sft", f"--size tiny --data {{{CONVERSATIONS}}} --tokenizer {{{QWEN}}} --max-length 384 --rows 40 --steps 5",
@@ -67,6 +67,9 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "sft-bytes": _offline("sft", "--size tiny --batch 32 --rows 512 --steps 16", 5, 2.5, 0.8),
         "reward": _offline("reward", f"--data {{{PAIRS}}} {_REAL}", None, 3),
+        "reward-1024": _offline(  # what both take if not told otherwise
+            "reward", f"--data {{{PAIRS}}} --tokenizer {{{NEOX}}} --max-length 1024 --rows 48 --steps 6", None, 3,
+        ),
         "dpo": _offline("dpo", f"--data {{{PAIRS}}} {_REAL}", None, 3),
         "dpo-lora": _offline("dpo", f"--lora --data {{{PAIRS}}} {_REAL}", None, 3),
         "kto": _offline("kto", f"--data {{{LABELLED}}} {_REAL}", None, 3),
@@ -82,8 +85,8 @@ CASES: dict[str, dict[str, Case]] = {
         "generation": Case("generation.py --rounds 2 --sequences 32 --new-tokens 32", table=True),
     },
     "gpu": {
-        "sft": _offline("sft", f"--compiled --data {{{CONVERSATIONS}}} {_HALF}", 2, 1.5, 0.8),
-        "sft-lora": _offline("sft", f"--lora --data {{{CONVERSATIONS}}} {_HALF}", 2, 1.5, 0.8),
+        "sft": _offline("sft", f"--plain --compiled --data {{{CONVERSATIONS}}} {_HALF}", 2, 1.5, 0.8),
+        "sft-lora": _offline("sft", f"--plain --lora --data {{{CONVERSATIONS}}} {_HALF}", 2, 1.5, 0.8),
         "sft-packed": _offline(
             "sft", f"--packed --data {{{CONVERSATIONS}}} --size qwen2.5-1.5b --tokenizer {{{QWEN}}} --max-length 2048 "
             "--rows 600 --batch 8 --steps 12", 2, 1.5, 0.8,

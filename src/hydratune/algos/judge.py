@@ -16,7 +16,7 @@ import torch
 from hydratune.algos.base import BaseTrainer
 from hydratune.attention import unmasked
 from hydratune.compiling import make_quick
-from hydratune.fused_head import LogpsHead, rows_at
+from hydratune.fused_head import LogpsHead, base_of, rows_at
 from hydratune.logps import Loss, TokenStats, logps_of
 from hydratune.models import ModelRecipe
 from hydratune.packing import settle_padding
@@ -50,9 +50,10 @@ class Judged:
 class RowTrainer(BaseTrainer):
     """A trainer whose batches are layouts, and whose loss is a mean over rows, not over tokens."""
 
-    def inputs_of(self, layout: dict[str, Any]) -> dict[str, Any]:
-        """What the model takes of a layout."""
-        inputs = unmasked({name: layout[name] for name in _OF_THE_MODEL if name in layout}, self.model.config)
+    def inputs_of(self, layout: dict[str, Any], model: Any) -> dict[str, Any]:
+        """What a model takes of a layout."""
+        given = {name: layout[name] for name in _OF_THE_MODEL if name in layout}
+        inputs = unmasked(given, base_of(model).config)
         if self.balances_experts and torch.is_grad_enabled():
             inputs["output_router_logits"] = True
         return inputs
@@ -133,7 +134,7 @@ class JudgingTrainer(RowTrainer):
             stats: which of `logps.STATS` are wanted.
             loss: of the log-probs, whose gradients are then made in this pass; see `logps.token_losses`.
         """
-        inputs = self.inputs_of(layout)
+        inputs = self.inputs_of(layout, model)
         length, positions, targets = inputs["input_ids"].shape[1], layout["positions"], layout["targets"]
         if self.head_is_fused(model):
             with LogpsHead(model, length, positions, targets, stats, self.temperature, loss) as head:

@@ -267,7 +267,7 @@ class PPOTrainer(OnlineTrainer):
     def value_of(self, layout: dict[str, Any]) -> torch.Tensor:
         """Values of the states before each token, [N], fp32."""
         with ValueHead(self.value_model, layout) as head:
-            self.value_model(**self.inputs_of(layout), use_cache=False)
+            self.value_model(**self.inputs_of(layout, self.value_model), use_cache=False)
         return head.values.float()
 
     def create_optimizer(self, model: Any = None) -> Any:

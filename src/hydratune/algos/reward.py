@@ -136,7 +136,7 @@ class RewardTrainer(RowTrainer):
 
     def score(self, model: nn.Module, layout: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         """Rewards of a layout's sequences, [S], in fp32, and the model's outputs."""
-        inputs = self.inputs_of(layout)
+        inputs = self.inputs_of(layout, model)
         with ScoreHead(model, layout) as head:
             outputs = model(**inputs, use_cache=False)
         return head.scores.float(), outputs
