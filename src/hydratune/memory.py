@@ -212,7 +212,7 @@ def load_of(
         critic=critic,
         judges=judges,
         rollout=rollout,
-        fused=fuses(args) and is_known(model),
+        fused=quantization is None and fuses(args) and is_known(model),  # 4-bit layers are of another kind
     )
 
 
