@@ -85,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         if current is None:
+            if _seems_a_search(typed):  # which Hydra's import, and all that follows, will tell for sure
+                ForkExecutor.launch()
             _hydra(resumed(typed), typed, began)
         else:
             current.judge(lambda: _hydra(resumed(typed), typed, began, checked=True))
@@ -149,11 +151,14 @@ def _hydra(typed: list[str], shown: list[str], began: float, *, checked: bool = 
     _register_resolvers(absent)
     args = arguments(typed)
     overrides = rewrite(with_kept_search(args.overrides))
-    _register_searches()
+    if not checked:  # a trial has its search behind it
+        _register_searches()
     options = [a for a in typed if a not in args.overrides]
     command = shlex.join(["python", "train.py", *map(redact_override, shown)])
     if args.multirun and not args.cfg and not any(key_of(o) in _NO_WARM_START for o in overrides):
         ForkExecutor.launch()  # imports for the trials while the command line is still being read
+    else:
+        ForkExecutor.dismiss()
     stopped: list[BaseException] = []
     returned: list[Any] = []
 
@@ -220,6 +225,11 @@ def _run_once(task: Any, overrides: list[str]) -> None:
         app.run("train", task, [*overrides, "hydra.mode=RUN"])
     finally:
         GlobalHydra.instance().clear()
+
+
+def _seems_a_search(typed: list[str]) -> bool:
+    keys = {word.lstrip("+~").partition("=")[0] for word in typed}
+    return bool({"-m", "--multirun"} & keys) and not keys & {"-c", "--cfg", *_NO_WARM_START}
 
 
 def _remove_unused(directory: Path, absent: dict[Path, list[Path]]) -> None:

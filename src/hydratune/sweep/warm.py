@@ -60,11 +60,15 @@ def warm(task: Any) -> None:
     """
     import_all()
     if isinstance(task, Command):
-        refused = [_refusal(task, arguments) for arguments in task.warm_with]
-        if refused and task.decided_by and all(map(_for_its_data, refused)):
-            others = [arguments for arguments in task.decided_by if arguments not in task.warm_with]
-            if all(_for_its_data(_refusal(task, arguments)) for arguments in others):
-                assert refused[0] is not None
-                raise refused[0]
-    gc.collect()
+        with quick_imports():  # nor does a collection walk all that was imported while this is read
+            _read_ahead(task)
     gc.freeze()  # a collection in a child looks at its own objects alone, and copies none of these pages
+
+
+def _read_ahead(task: Command) -> None:
+    refused = [_refusal(task, arguments) for arguments in task.warm_with]
+    if refused and task.decided_by and all(map(_for_its_data, refused)):
+        others = [arguments for arguments in task.decided_by if arguments not in task.warm_with]
+        if all(_for_its_data(_refusal(task, arguments)) for arguments in others):
+            assert refused[0] is not None
+            raise refused[0]
