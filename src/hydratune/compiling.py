@@ -35,7 +35,8 @@ def fuses(args: Any) -> bool:
     """
     asked = (os.environ.get(f"ACCELERATE_USE_{name}", "false") for name in ("FSDP", "DEEPSPEED"))
     sharded = bool(args.fsdp) or bool(args.deepspeed) or "true" in asked
-    return args.fused_layers and not (args.compile_layers or args.use_liger_kernel or sharded)
+    others = args.compile_layers or args.torch_compile or args.use_liger_kernel
+    return args.fused_layers and not (others or sharded)
 
 
 def compile_layers(model: nn.Module, backend: str = "inductor") -> int:

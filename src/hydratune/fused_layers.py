@@ -81,12 +81,12 @@ def _fused(plain: Any, name: str) -> type:
         made = quick(self, *args, **kwargs)
         return plain.forward(self, *args, **kwargs) if made is None else made
 
-    def reduced(
-        self: Any, protocol: int
-    ) -> Any:  # so that copies and pickles find a class that no module names
+    # copies and pickles need a class that they find by its name
+    def reduced(self: Any, protocol: int) -> Any:
         return _empty, (plain, name), self.__getstate__()
 
-    return type(plain.__name__, (plain,), {"forward": forward, "plain": plain, "__reduce_ex__": reduced})
+    own = {"forward": forward, "plain": plain, "__reduce_ex__": reduced, "__module__": plain.__module__}
+    return type(plain.__name__, (plain,), own)
 
 
 def _empty(plain: Any, name: str) -> Any:

@@ -8,7 +8,7 @@ Each is an autograd function whose gradient is written out. Differences from wha
   input's gradients in place, and keeps the input only if a weight's gradient needs it: a frozen weight's does not.
 - `gated_mlp` keeps gate and up, and makes their product again in the backward pass.
 
-Products run in the dtype that autocast has, else in the input's.
+Products run in the dtype that autocast has, else in the input's. Gradients can be taken once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -61,7 +62,7 @@ def _exact(x: torch.Tensor) -> torch.dtype:
 
 
 def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function in which autocast is off, and dtypes are its own."""
+    """A pass in which autocast is off, and dtypes are its own."""
 
     def run(ctx: Any, *args: Any) -> Any:
         with torch.autocast(next(a for a in args if isinstance(a, torch.Tensor)).device.type, enabled=False):
@@ -92,6 +93,7 @@ class _RMSNorm(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     @_apart
     def backward(ctx: Any, grad: torch.Tensor) -> Tensors:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
@@ -147,6 +149,7 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cos, sin, 1)
 
     @staticmethod
+    @once_differentiable
     @_apart
     def backward(ctx: Any, grad: torch.Tensor) -> Tensors:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
@@ -261,6 +264,7 @@ class _Project(torch.autograd.Function):
         return tuple(out.view(*x.shape[:-1], -1) for out, _ in made)
 
     @staticmethod
+    @once_differentiable
     @_apart
     def backward(ctx: Any, *grads: torch.Tensor) -> Tensors:  # type: ignore[override]
         x, *kept = ctx.saved_tensors
@@ -273,8 +277,8 @@ class _Project(torch.autograd.Function):
             d_x, own = _backward(grad, x, inner, part, needs, d_x, needs_x=ctx.needs_input_grad[0])
             found += own
         d_x = None if d_x is None else d_x.view(ctx.shape)
-        d_x, *own_dtypes = _in_dtypes((d_x, *found), ctx.dtypes)
-        return d_x, None, None, *own_dtypes
+        d_x, *gradients = _in_dtypes((d_x, *found), ctx.dtypes)
+        return d_x, None, None, *gradients
 
 
 def project(x: torch.Tensor, parts: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
@@ -307,6 +311,7 @@ class _GatedMLP(torch.autograd.Function):
         return made.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     @_apart
     def backward(ctx: Any, grad: torch.Tensor) -> Tensors:  # type: ignore[override]
         x, gate, up, *rest = ctx.saved_tensors
@@ -329,8 +334,8 @@ class _GatedMLP(torch.autograd.Function):
         d_x, of_gate = _backward(d_gate, x, inner[0], parts[0], needs[0], None, needs_x=needs_x)
         d_x, of_up = _backward(d_up, x, inner[1], parts[1], needs[1], d_x, needs_x=needs_x)
         d_x = None if d_x is None else d_x.view(ctx.shape)
-        d_x, *found = _in_dtypes((d_x, *of_gate, *of_up, *of_down), ctx.dtypes)
-        return d_x, None, None, None, *found
+        d_x, *gradients = _in_dtypes((d_x, *of_gate, *of_up, *of_down), ctx.dtypes)
+        return d_x, None, None, None, *gradients
 
 
 def gated_mlp(

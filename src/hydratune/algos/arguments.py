@@ -53,7 +53,7 @@ class BaseConfig(transformers.TrainingArguments):
     fused_layers: bool = option(
         True,
         "Norms, attention's projections and gated MLPs as one operation each, which takes less memory and time, where that gives "
-        "what the model's own layers give; not with compiled layers, Liger's kernels, FSDP or DeepSpeed.",
+        "what the model's own layers give; not with torch.compile, Liger's kernels, FSDP or DeepSpeed.",
     )
     compile_layers: bool = option(
         False,
