@@ -87,7 +87,7 @@ class ForkExecutor:
         """Start the server and wait until it is warm; gives what it says of itself, nothing when stopped before."""
         ready, ForkExecutor._launched = ForkExecutor._launched, None
         self._server, self._connection = ready or _start_server()
-        self._connection.send(("warm", self._warm_with))
+        self._connection.send(("warm", self._warm_with, dict(os.environ)))
         try:
             while not self._connection.poll(_POLL):
                 if stopped():

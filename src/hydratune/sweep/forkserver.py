@@ -13,17 +13,22 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from hydratune.held import CRASHED, die_with_parent, outlive_parent
 
+# threads of libraries would not be there in a child: numpy's, arrow's allocator's, the tokenizers'
+_WITHOUT_THREADS = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
 
 def main() -> int:
-    # threads of libraries would not be there in a child: numpy's, arrow's allocator's, the tokenizers'
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.update(_WITHOUT_THREADS)
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not start CUDA here
     if sys.argv[1] == "--once":
         from hydratune.sweep.job import run_packed
@@ -49,7 +54,7 @@ class _Gone(Exception):
 
 
 class Server:
-    """Messages in: ("warm", packed) and ("start", key, packed). Out: ("warm", report), ("started", key, pid),
+    """Messages in: ("warm", packed, environment) and ("start", key, packed). Out: ("warm", report), ("started", key, pid),
     ("refused", key, why it could not be started) and ("ended", key, exit code, negative for a signal)."""
 
     def __init__(self, connection: Connection):
@@ -74,7 +79,7 @@ class Server:
                     except (EOFError, OSError) as error:
                         raise _Gone from error
                     if message[0] == "warm":
-                        self._send("warm", _warm(message[1]))
+                        self._send("warm", _warm(*message[1:]))
                     else:
                         self._start(*message[1:])
         except _Gone:
@@ -142,10 +147,14 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _warm(packed: bytes) -> dict[str, Any]:
-    """Import and read ahead what the tasks will want; an error only means that trials do it themselves."""
+def _warm(packed: bytes, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Import and read ahead what the tasks will want; an error only means that trials do it themselves.
+
+    The supervisor's environment has changed since it started this process: typed secrets, say, are put there.
+    """
     from hydratune.errors import UserError
 
+    os.environ.update({**environment, **_WITHOUT_THREADS})
     error: str | UserError
     cuda = False
     try:
