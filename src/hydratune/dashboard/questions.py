@@ -41,6 +41,6 @@ class Question:
         try:
             return self._answer.result(seconds)
         except TimeoutError:
-            if self._answer.done():  # the call itself ran out of time
-                raise
+            if self._answer.done():  # the call itself ran out of time, or it has ended this moment
+                return self._answer.result()
             raise NoAnswer("its database does not answer") from None
