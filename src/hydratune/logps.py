@@ -232,9 +232,11 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        # as a vector, so that it is taken in the loss's precision: 1/3 rounded to bf16 would be off by a whole rounding
+        # in the loss's precision: 1/3 rounded to bf16 would be off by a whole rounding. A GPU needs a vector for that; a CPU
+        # would make a copy in fp32 of what it scales by a vector
+        factor = grad if grad.device.type == "cpu" else grad.reshape(1)
         scaled = (
-            None if saved is None else torch.mul(saved, grad.reshape(1), out=torch.empty_like(saved))
+            None if saved is None else torch.mul(saved, factor, out=torch.empty_like(saved))
             for saved in ctx.saved_tensors
         )
         return (*scaled, *(None,) * 6)
