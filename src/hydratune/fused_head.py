@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from hydratune.compiling import uncompiled
-from hydratune.logps import Loss, TokenStats, logps_of, token_logps, token_losses
+from hydratune.logps import Loss, logps_of, token_logps, token_losses
 from hydratune.losses import token_loss
+from hydratune.vocabulary import TokenStats
 
 IGNORED = -100
 _WANTED = ("entropy", "correct")  # of `Stats`

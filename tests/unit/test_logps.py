@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hydratune import attention
+from hydratune import attention, vocabulary
 from hydratune.data.collate_preference import Layout
 from hydratune.fused_head import LogpsHead
-from hydratune.logps import STATS, token_logps, token_losses
+from hydratune.logps import token_logps, token_losses
 from hydratune.meter import Meter
 from hydratune.rl_losses import ppo_policy_loss
 from hydratune.score import ScoreHead
+from hydratune.vocabulary import STATS
 
 N, H, V = 7, 6, 11
 
@@ -27,6 +28,16 @@ def parts(dtype=torch.float64, bias=True):
     return rows, weight, torch.randn(V, generator=generator, dtype=dtype) if bias else None, targets
 
 
+@pytest.fixture(params=["whole", "in blocks"])
+def vocabulary_at_once(request, monkeypatch):
+    """The softmax of a vocabulary that is one block, and of one of three blocks."""
+    if request.param == "in blocks":
+        monkeypatch.setattr(vocabulary, "_CPU_BLOCK", 4)
+
+
+both_ways = pytest.mark.usefixtures("vocabulary_at_once")
+
+
 def naive(rows, weight, bias, targets, softcap):
     logits = F.linear(rows, weight, bias)
     if softcap is not None:
@@ -34,6 +45,7 @@ def naive(rows, weight, bias, targets, softcap):
     return torch.log_softmax(logits, -1).gather(1, targets[:, None]).squeeze(1), logits
 
 
+@both_ways
 @pytest.mark.parametrize("chunk", [1, 3, N, None])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [True, False])
@@ -61,6 +73,7 @@ def test_values_and_gradients_equal_those_of_whole_logits(chunk, softcap, bias, 
     )
 
 
+@both_ways
 @pytest.mark.parametrize("frozen", [True, False])
 def test_gradients_are_those_of_finite_differences(frozen):
     rows, weight, bias, targets = parts()
@@ -70,6 +83,7 @@ def test_gradients_are_those_of_finite_differences(frozen):
     assert torch.autograd.gradcheck(check, (rows, weight))
 
 
+@both_ways
 @pytest.mark.parametrize("chunk", [2, None])
 def test_by_products_equal_those_of_whole_logits(chunk):
     rows, weight, bias, targets = parts()
@@ -83,6 +97,7 @@ def test_by_products_equal_those_of_whole_logits(chunk):
     assert token_logps(rows, weight, targets, bias)[1].entropy is None
 
 
+@both_ways
 @pytest.mark.parametrize("chunk", [1, 3, None])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("bias", [True, False])
@@ -114,6 +129,26 @@ def test_losses_of_own_log_probs_have_the_gradients_of_token_logps(chunk, softca
     assert all((a is None and e is None) or torch.allclose(a, e) for a, e in zip(*found, strict=True))
 
 
+@both_ways
+@pytest.mark.parametrize("chunk", [3, None])
+def test_a_second_backward_pass_gives_the_same_gradients(chunk):
+    """What the forward pass kept is used up by the first."""
+    rows, weight, bias, targets = parts()
+    leaves = [t.requires_grad_() for t in (rows, weight, bias)]
+    total = token_logps(rows, weight, targets, bias, chunk=chunk)[0].square().sum()
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    second = torch.autograd.grad(total, leaves)
+    assert all(torch.allclose(a, b) for a, b in zip(first, second, strict=True))
+
+
+@both_ways
+def test_no_log_prob_is_above_zero():
+    """Losses take log(1 - p) of it."""
+    rows, weight = torch.eye(4) * 100, torch.cat((torch.eye(4), torch.zeros(7, 4)))
+    logps, stats = token_logps(rows, weight, torch.arange(4), stats=("correct",))
+    assert (logps <= 0).all() and (logps > -1e-6).all() and stats.correct.all()
+
+
 def test_gradients_made_early_are_scaled_in_the_precision_of_the_loss():
     """1/1021 is no bf16 number: rounded first, every gradient would be 0.3 % too small."""
     rows, weight, _, targets = parts()
@@ -125,6 +160,7 @@ def test_gradients_made_early_are_scaled_in_the_precision_of_the_loss():
     assert found[1] / found[0] == pytest.approx(1, abs=5e-4)
 
 
+@both_ways
 def test_losses_of_no_rows_and_without_gradients():
     rows, weight, _, targets = parts()
     weight.requires_grad_()
