@@ -159,3 +159,21 @@ def test_a_trial_whose_process_cannot_be_forked_is_refused_and_its_server_lives(
         signal.signal(signal.SIGCHLD, before)
         executor.close()
         theirs.close()
+
+
+def test_the_warm_process_takes_over_the_supervisors_environment():
+    """Also what is deleted there; what it has set for itself stays."""
+    code = (
+        "import os; from hydratune.sweep import forkserver as f; f._prepare_environment(); os.environ['OWN'] = '1'; "
+        "f._warm(b'', {'NEW': '1', 'TOKENIZERS_PARALLELISM': 'true'}); "
+        "print(*map(os.environ.get, ('GONE', 'NEW', 'OWN', 'TOKENIZERS_PARALLELISM', 'PYTORCH_NVML_BASED_CUDA_CHECK')), "
+        "'HYDRATUNE_THREADS' in os.environ)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "GONE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said.stdout.split() == ["None", "1", "1", "false", "1", "True"]

@@ -19,6 +19,7 @@ from typing import Any
 
 from hydratune.held import CRASHED, die_with_parent, outlive_parent
 
+_INHERITED = frozenset(os.environ)  # names
 # threads of libraries would not be there in a child: numpy's, arrow's allocator's, the tokenizers'
 _WITHOUT_THREADS = {
     "OPENBLAS_NUM_THREADS": "1",
@@ -28,8 +29,7 @@ _WITHOUT_THREADS = {
 
 
 def main() -> int:
-    os.environ.update(_WITHOUT_THREADS)
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not start CUDA here
+    _prepare_environment()
     if sys.argv[1] == "--once":
         from hydratune.sweep.job import run_packed
 
@@ -47,6 +47,11 @@ def main() -> int:
         import_all()
     Server(connection).serve()
     os._exit(0)  # there is nothing to tidy up, and tearing down all that was imported takes a second
+
+
+def _prepare_environment() -> None:
+    os.environ.update(_WITHOUT_THREADS)
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # looking for a GPU must not start CUDA here
 
 
 class _Gone(Exception):
@@ -150,11 +155,14 @@ def _kill_group(pid: int) -> None:
 def _warm(packed: bytes, environment: Mapping[str, str]) -> dict[str, Any]:
     """Import and read ahead what the tasks will want; an error only means that trials do it themselves.
 
-    The supervisor's environment has changed since it started this process: typed secrets, say, are put there.
+    The supervisor's environment, which has changed since it started this process (typed secrets are put there), is taken over.
     """
     from hydratune.errors import UserError
 
-    os.environ.update({**environment, **_WITHOUT_THREADS})
+    for gone in _INHERITED - environment.keys():  # what this process and its imports have set stays
+        os.environ.pop(gone, None)
+    os.environ.update(environment)
+    _prepare_environment()
     error: str | UserError
     cuda = False
     try:
