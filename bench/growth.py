@@ -46,7 +46,7 @@ def one_arm(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.tokenizer)
     shape = config(options.size, tokenizer, max_position_embeddings=max(LENGTHS))
     attention.register()
-    chosen = attention.choose("cuda" if cuda else "cpu", packed=True, config=shape)
+    chosen = attention.choose("cuda" if cuda else "cpu", packed=True, model=shape)
     torch.manual_seed(0)
     ids = torch.randint(shape.vocab_size, (batch * options.steps, length)).tolist()
     with torch.device("cuda" if cuda else "cpu"):

@@ -142,7 +142,7 @@ def one_arm(options: argparse.Namespace) -> dict[str, Any]:
         chosen = "flash_attention_2"
     if ours:
         shared = options.algo != "sft"
-        chosen = attention.choose("cuda" if cuda else "cpu", packed=packs(args), config=shape, shared=shared)
+        chosen = attention.choose("cuda" if cuda else "cpu", packed=packs(args), model=shape, shared=shared)
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     dtype = torch.bfloat16 if cuda and options.lora else torch.float32
     torch.manual_seed(0)

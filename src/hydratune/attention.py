@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import MODEL_MAPPING, AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import is_flash_attn_2_available
@@ -60,16 +60,36 @@ def fast_when_packed(name: str) -> bool:
     return name == NAME or "flash_attention" in name
 
 
-def choose(device: str, *, packed: bool, config: Any, shared: bool = False) -> str:
-    """The fastest exact backend for a model config on a device: what `attn_implementation: auto` means.
+def obeyed(model: Any) -> bool:
+    """Whether a model attends with the backend that it is given; bloom, gptj and their like have attention of their own.
+
+    Their masks are of padded rows: in a packed one, documents would see each other.
 
     Args:
+        model: or its outline, or its config, which does not tell the class of code from outside transformers.
+    """
+    return getattr(_class_of(model), "_supports_attention_backend", False)
+
+
+def _class_of(model: Any) -> Any:
+    """What has a model's class attributes: itself, through its adapter, or the class of a config; None: not known."""
+    return model if isinstance(model, torch.nn.Module) else MODEL_MAPPING.get(type(model), None)
+
+
+def choose(device: str, *, packed: bool, model: Any, shared: bool = False) -> str:
+    """The fastest exact backend for a model on a device: what `attn_implementation: auto` means.
+
+    Args:
+        model: its outline, or its config.
         shared: batches share prompts (`key_index`), which only our own backend knows.
     """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = (model.config if isinstance(model, torch.nn.Module) else model).get_text_config()
     if getattr(text, "attn_logit_softcapping", None) is not None:
         return "eager"  # sdpa cannot cap logits
-    if not packed:
+    kind = _class_of(model)
+    if kind is not None and not kind._supports_sdpa:
+        return "eager"
+    if not packed or not obeyed(model):
         return "sdpa"
     ours = available(device)[NAME] and _full_attention(text)
     if available(device)["flash_attention_2"] and not (shared and ours):

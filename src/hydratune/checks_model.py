@@ -191,6 +191,8 @@ def _rank_is_low(
 def _documents_can_be_kept_apart(
     outline: Any, peft: Any, tokenizer: Any, settings: RunSettings
 ) -> Iterator[Problem]:
+    from hydratune.attention import obeyed
+
     config = outline.config.get_text_config()
     kinds = {
         *(getattr(config, "layer_types", None) or []),
@@ -199,11 +201,14 @@ def _documents_can_be_kept_apart(
     stateful = kinds & {"linear_attention", "mamba", "mamba2", "recurrent"} or re.search(
         "mamba|rwkv", str(config.model_type)
     )
-    if stateful and (packing := packs(settings)):
+    if (packing := packs(settings)) and (stateful or not obeyed(outline)):
+        does = (
+            "carries a state across documents" if stateful else "has attention of its own, across documents"
+        )
         yield Violation(
             f"algo.{packing}",
             True,
-            f"{config.model_type} carries a state across documents",
+            f"{config.model_type} {does}",
             f"set algo.{packing}=false",
         )
 

@@ -183,30 +183,33 @@ def _forward(x: torch.Tensor, part: Projection) -> tuple[torch.Tensor, torch.Ten
     return made.addmm_(inner, part.up.t(), alpha=part.scale), inner
 
 
-def _backward(
+def _to_inner(grad: torch.Tensor, part: Projection) -> torch.Tensor | None:
+    """Gradient of the adapter's inner states."""
+    return None if part.up is None else (grad @ part.up).mul_(part.scale)
+
+
+def _to_input(
+    grad: torch.Tensor, d_inner: torch.Tensor | None, part: Projection, d_x: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The input's gradient so far, with this projection's share."""
+    d_x = _into(d_x, grad, part.weight)
+    return d_x if d_inner is None or part.down is None else _into(d_x, d_inner, part.down)
+
+
+def _to_tensors(
     grad: torch.Tensor,
+    d_inner: torch.Tensor | None,
     x: torch.Tensor | None,
     inner: torch.Tensor | None,
     part: Projection,
     needs: Sequence[bool],
-    d_x: torch.Tensor | None,
-    *,
-    needs_x: bool = True,
-) -> tuple[torch.Tensor | None, Tensors]:
-    """The input's gradient so far with this projection's share, and those of its four tensors.
+) -> Tensors:
+    """Gradients of a projection's four tensors, of those that need one.
 
     Args:
-        grad: [N, out]; x: [N, in], None where no weight's gradient needs it; d_x: so far.
-        needs: of the four.
+        grad: [N, out]; x: [N, in], None where no weight's gradient needs it.
     """
-    d_inner = None
-    if part.up is not None and (needs_x or needs[2]):
-        d_inner = (grad @ part.up).mul_(part.scale)
-    if needs_x:
-        d_x = _into(d_x, grad, part.weight)
-        if d_inner is not None and part.down is not None:
-            d_x = _into(d_x, d_inner, part.down)
-    return d_x, (
+    return (
         grad.t() @ x if needs[0] else None,  # type: ignore[operator]
         grad.sum(0) if needs[1] else None,
         d_inner.t() @ x if needs[2] and d_inner is not None else None,  # type: ignore[operator]
@@ -214,8 +217,7 @@ def _backward(
     )
 
 
-def _dtype(x: torch.Tensor) -> torch.dtype:
-    """Of products."""
+def dtype_of_products(x: torch.Tensor) -> torch.dtype:
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -274,8 +276,10 @@ class _Project(torch.autograd.Function):
             weight, down, up, inner = kept[4 * i : 4 * i + 4]
             part, needs = Projection(weight, None, down, up, scale), ctx.needs[4 * i : 4 * i + 4]
             grad = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
-            d_x, own = _backward(grad, x, inner, part, needs, d_x, needs_x=ctx.needs_input_grad[0])
-            found += own
+            d_inner = _to_inner(grad, part)
+            if ctx.needs_input_grad[0]:
+                d_x = _to_input(grad, d_inner, part, d_x)
+            found += _to_tensors(grad, d_inner, x, inner, part, needs)
         d_x = None if d_x is None else d_x.view(ctx.shape)
         d_x, *gradients = _in_dtypes((d_x, *found), ctx.dtypes)
         return d_x, None, None, *gradients
@@ -284,7 +288,7 @@ class _Project(torch.autograd.Function):
 def project(x: torch.Tensor, parts: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
     """Linear layers of one input [..., in], to [..., out] each."""
     tensors = [t for part in parts for t in part.tensors]
-    return _Project.apply(x, _dtype(x), tuple(part.scale for part in parts), *tensors)
+    return _Project.apply(x, dtype_of_products(x), tuple(part.scale for part in parts), *tensors)
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -324,17 +328,21 @@ class _GatedMLP(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1]).to(gate.dtype)
         opened = ctx.activation.forward(gate)
         product = opened * up if _needs_input(needs[2]) else None
-        _, of_down = _backward(grad, product, inner[2], parts[2], needs[2], None, needs_x=False)
+        d_inner = _to_inner(grad, parts[2])
+        of_down = _to_tensors(grad, d_inner, product, inner[2], parts[2], needs[2])
         del product  # before its gradient is there
-        d_product, _ = _backward(grad, None, None, parts[2], (False,) * 4, None)
-        assert d_product is not None
+        d_product = _to_input(grad, d_inner, parts[2])
         d_up = opened.mul_(d_product)
         d_gate = ctx.activation.backward(d_product.mul_(up), gate)
-        needs_x = ctx.needs_input_grad[0]
-        d_x, of_gate = _backward(d_gate, x, inner[0], parts[0], needs[0], None, needs_x=needs_x)
-        d_x, of_up = _backward(d_up, x, inner[1], parts[1], needs[1], d_x, needs_x=needs_x)
+        d_x: torch.Tensor | None = None
+        found: list[torch.Tensor | None] = []
+        for i, of_part in enumerate((d_gate, d_up)):
+            d_inner = _to_inner(of_part, parts[i])
+            if ctx.needs_input_grad[0]:
+                d_x = _to_input(of_part, d_inner, parts[i], d_x)
+            found += _to_tensors(of_part, d_inner, x, inner[i], parts[i], needs[i])
         d_x = None if d_x is None else d_x.view(ctx.shape)
-        d_x, *gradients = _in_dtypes((d_x, *of_gate, *of_up, *of_down), ctx.dtypes)
+        d_x, *gradients = _in_dtypes((d_x, *found, *of_down), ctx.dtypes)
         return d_x, None, None, None, *gradients
 
 
@@ -344,4 +352,4 @@ def gated_mlp(
     """down(activation(gate(x)) · up(x)) (arXiv:2002.05202, eq. 6), [..., H] → [..., H]."""
     parts = (gate, up, down)
     tensors = [t for part in parts for t in part.tensors]
-    return _GatedMLP.apply(x, _dtype(x), activation, tuple(part.scale for part in parts), *tensors)
+    return _GatedMLP.apply(x, dtype_of_products(x), activation, tuple(part.scale for part in parts), *tensors)

@@ -1,7 +1,7 @@
 """An estimate of a run's peak memory before anything is loaded, and the smallest changes that would make it fit.
 
 Counted per token and layer, in values: 2 f of the gated MLP, 2 h_kv of keys and values, and 6 h of norms, queries and
-attention output (h hidden, f intermediate size), where layers are fused; else 4 f, 2 h_kv and 8 h, which is the count of
+attention output (h hidden, f intermediate size), where MLPs and attention are fused; else 4 f, 2 h_kv and 8 h, which is the count of
 Korthikanti et al. (arXiv:2205.05198, eq. 1) without the scores, which sdpa and flash attention do not keep, for a gated MLP and
 grouped keys. Under autocast the products are 2 bytes wide, the norms and the residual of fp32 weights stay 4, and each such
 weight has a cast copy.
@@ -18,8 +18,8 @@ from typing import Any
 
 from hydratune.columns import ROOM
 from hydratune.compiling import fuses
-from hydratune.fused_layers import is_known
-from hydratune.logps import chunk_rows
+from hydratune.fused_layers import known_parts
+from hydratune.vocabulary import chunk_bytes
 
 _ADAM_STATES = {
     "adamw_bnb_8bit": 2,
@@ -98,7 +98,8 @@ class Load:
     critic: Shape | None = None  # a value model, trained with the policy and like it
     judges: tuple[Shape, ...] = ()  # reward models
     rollout: Rollout | None = None  # of an online run; `length` is then that of a prompt with its completion
-    fused: bool = False  # layers are
+    fused: bool = False  # MLPs are
+    fused_attention: bool = False  # is too
 
 
 @dataclass(frozen=True)
@@ -188,10 +189,15 @@ def load_of(
     trained = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trained)
     own, head = shape_of(model, width), model.get_output_embeddings()
+    trained_width = width if count == own.parameters else 4  # adapters are kept in fp32
+    autocast = bool(args.bf16 or args.fp16)
+    # 4-bit layers are of another kind; and a forward pass of two dtypes goes the layers' own way
+    fused = quantization is None and fuses(args) and (autocast or trained_width == width)
+    mlps, attention = known_parts(model) if fused else (False, False)
     return Load(
         parameters=own.parameters,
         trained=count,
-        trained_width=width if count == own.parameters else 4,  # adapters are kept in fp32
+        trained_width=trained_width,
         width=width,
         hidden=own.hidden,
         intermediate=own.intermediate,
@@ -202,7 +208,7 @@ def load_of(
         batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         length=length,
-        autocast=bool(args.bf16 or args.fp16),
+        autocast=autocast,
         checkpointing=bool(args.gradient_checkpointing),
         optimizer=str(getattr(args.optim, "value", args.optim)),
         device=device,
@@ -212,7 +218,8 @@ def load_of(
         critic=critic,
         judges=judges,
         rollout=rollout,
-        fused=quantization is None and fuses(args) and is_known(model),  # 4-bit layers are of another kind
+        fused=mlps,
+        fused_attention=attention,
     )
 
 
@@ -239,7 +246,7 @@ def estimate(load: Load) -> MemoryEstimate:
         beside = _activations(load, load.critic, tokens)
         activations += beside
     projected = tokens if load.rollout is None else load.batch * load.rollout.new
-    logits = _blocks(load, projected)
+    logits = _blocks(load, projected, trained=load.head_trained)
     head = max(0, logits - beside) + 2 * projected * load.hidden * product
     head += 4 * load.vocabulary * load.hidden if load.head_trained else 0
     return MemoryEstimate(
@@ -268,25 +275,26 @@ def _activations(load: Load, shape: Load | Shape, tokens: int) -> int:
     low = load.autocast or shape.width == 2
     mixed = load.autocast and shape.width == 4
     gated = (2 if low else 4) * shape.intermediate
-    states = {False: (36 if mixed else 26 if low else 32), True: (22 if mixed else 12 if low else 24)}
-    layer = (
-        (2 if load.fused else 4) * gated + (4 if low else 8) * shape.kv + states[load.fused] * shape.hidden
-    )
+    if load.fused_attention:
+        states = 22 if mixed else 12 if low else 24
+    else:
+        states = 36 if mixed else 26 if low else 32
+    layer = (2 if load.fused else 4) * gated + (4 if low else 8) * shape.kv + states * shape.hidden
     # each layer's input, and one layer recomputed; of fused layers one's gated states are made again in any case
     kept = shape.layers * shape.hidden * shape.width + layer if load.checkpointing else shape.layers * layer
     casts = 2 * shape.parameters if mixed else 0
     return tokens * (kept + 2 * load.fused * gated) + casts
 
 
-def _blocks(load: Load, rows: int) -> int:
-    """Bytes of a chunk's fp32 logits and their softmax, and of one copy in the dtype of the product."""
+def _blocks(load: Load, rows: int, *, trained: bool) -> int:
+    """Bytes of the logits that exist at a time."""
     import torch
 
     if not load.vocabulary:
         return 0
     device = torch.device("cuda" if load.device == "cuda" else "cpu")
-    both = 8 * load.vocabulary * chunk_rows(rows, load.vocabulary, device)
-    return both * 5 // 4 if load.autocast or load.width == 2 else both
+    dtype = torch.bfloat16 if load.autocast or load.width == 2 else torch.float32
+    return chunk_bytes(rows, load.vocabulary, device, dtype, trained)
 
 
 def _passing(load: Load, shape: Load | Shape, *, adapter: bool = False) -> int:
@@ -320,7 +328,7 @@ def _scoring(load: Load, rollout: Rollout) -> int:
     product = 2 if load.autocast or load.width == 2 else 4
     tokens = min(rollout.most, min(rollout.at_once, rollout.completions) * load.length)
     rows = tokens * rollout.new // load.length
-    head = _blocks(load, rows) + (tokens + rows) * load.hidden * product
+    head = _blocks(load, rows, trained=False) + (tokens + rows) * load.hidden * product
     judged = min(rollout.most, rollout.completions * load.length)
     adapter = load.trained < load.parameters
     own: list[Load | Shape] = [load] if rollout.scores else []
@@ -353,9 +361,11 @@ def smallest_changes(load: Load, available: int) -> list[Change]:
         singles.append(("algo.precompute_ref_log_probs=true", replace(load, reference=False)))
     if full and load.device == "cuda":
         singles.append(("trainer.optim=adamw_bnb_8bit", replace(load, optimizer="adamw_bnb_8bit")))
+    one_dtype = load.autocast or load.width == 4  # else its layers go their own way
     adapter = replace(
-        load, trained=load.parameters // 100, trained_width=4, head_trained=False, reference=False
-    )
+        load, trained=load.parameters // 100, trained_width=4, head_trained=False, reference=False,
+        fused=load.fused and one_dtype, fused_attention=load.fused_attention and one_dtype,
+    )  # fmt: skip
     if full:
         singles.append(("peft=lora", adapter))
     if load.rollout is not None and (half := load.rollout.new // 2) >= 16:

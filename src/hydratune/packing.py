@@ -18,7 +18,8 @@ def settle_padding(args: Any, model: Any) -> None:
     """`padding_free: null` becomes what is exact and fast for this model.
 
     Raises:
-        UserError: it is asked for, or rows are packed, and sequences of this model would see each other.
+        UserError: it is asked for, or rows are packed, and sequences of this model would see each other; or the model cannot
+            have our own attention, which is asked for.
     """
     name, config = model.config._attn_implementation, model.config.get_text_config()
     layers = {
@@ -27,7 +28,17 @@ def settle_padding(args: Any, model: Any) -> None:
     }
     carries_state = any("attention" not in kind or "linear" in kind for kind in layers)
     virtual = any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values())
-    apart = not (carries_state or virtual)
+    obeyed = attention.obeyed(model)
+    if name == attention.NAME and not obeyed:
+        raise UserError(
+            Violation(
+                "model.attn_implementation",
+                name,
+                f"{config.model_type} has attention of its own",
+                "use model.attn_implementation=auto",
+            )
+        )
+    apart = obeyed and not (carries_state or virtual)
     asked = next((option for option in ("packing", "padding_free") if getattr(args, option, None)), None)
     if asked and not (apart and attention.exact_when_packed(name)):
         who = "virtual tokens" if virtual else f"{config.model_type} with the attention {name}"
@@ -36,7 +47,7 @@ def settle_padding(args: Any, model: Any) -> None:
                 f"algo.{asked}",
                 True,
                 f"{who} would let sequences see each other",
-                "use model.attn_implementation=auto, or leave it out",
+                "use model.attn_implementation=auto, or leave it out" if apart else "leave it out",
             )
         )
     if args.padding_free is None:

@@ -144,7 +144,7 @@ class RewardModel:
                 name,
                 config=config,
                 dtype=dtype or "auto",
-                attn_implementation=attention.choose(kind, packed=packed, config=config),
+                attn_implementation=attention.choose(kind, packed=packed, model=config),
                 trust_remote_code=self._trust,
                 output_loading_info=True,
             )

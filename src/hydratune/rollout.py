@@ -25,6 +25,7 @@ from hydratune.columns import Mask, joined
 from hydratune.compiling import uncompiled
 from hydratune.draw import draw
 from hydratune.errors import UserError, Violation
+from hydratune.modes import still
 
 _KEPT = 0.8  # rows leave the batch once no more than this share of it goes on
 # how much padding, in tokens, one more forward pass over prompts has to save; and steps between looks at who has stopped
@@ -233,16 +234,13 @@ def check_prompts(
 @contextmanager
 def _generating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradient checkpointing (which refuses caches); each module's own state comes back after."""
-    modes = [(m, m.training) for m in model.modules()]
-    checkpointed = [m for m, _ in modes if getattr(m, "gradient_checkpointing", False)]
+    checkpointed = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     for module in checkpointed:
         module.gradient_checkpointing = False
-    model.eval()
     try:
-        yield
+        with still(model):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for module in checkpointed:
             module.gradient_checkpointing = True
 

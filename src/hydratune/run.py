@@ -147,7 +147,7 @@ def recipe_of(
     chosen = settings.model.attn_implementation
     if chosen == "auto":
         shared = trainer_class.goal != "tokens"
-        chosen = attention.choose(device.kind, packed=packs(args), config=outline.config, shared=shared)
+        chosen = attention.choose(device.kind, packed=packs(args), model=outline, shared=shared)
     return replace(recipe, attn_implementation=chosen), outline
 
 

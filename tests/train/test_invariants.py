@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +111,37 @@ def test_padding_free_equals_padding(tmp_path, monkeypatch, short):
 def test_rows_are_padded_where_that_is_quicker_or_each_row_counts(tmp_path, attn, options):
     run = trainer(tmp_path, attn_implementation=attn, **options)
     assert run.args.padding_free is False and len(next(iter(run.get_train_dataloader()))["input_ids"]) == 8
+
+
+OF_ITS_OWN = {
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize("kind", OF_ITS_OWN)
+def test_a_model_with_attention_of_its_own_is_padded(tmp_path, kind):
+    """It would let rows that are laid end to end see each other."""
+    attention.register()
+    architecture = {"model_type": kind, "vocab_size": 259} | OF_ITS_OWN[kind]
+    recipe = ModelRecipe(architecture=architecture, seed=1)
+    chosen = attention.choose("cpu", packed=True, model=recipe.outline())
+
+    def made(name: str = chosen, **options) -> SFTTrainer:
+        return SFTTrainer(
+            args=config(tmp_path, max_steps=3, **options), train_dataset=rows(), processing_class=byte_tokenizer(),
+            model=replace(recipe, attn_implementation=name).build(),
+        )  # fmt: skip
+
+    run = made()
+    found = trajectory(run)
+    assert run.args.padding_free is False and all(map(math.isfinite, found["loss"]))
+    assert found["loss"] == trajectory(made(padding_free=False))["loss"]
+    for option in ("packing", "padding_free"):
+        with pytest.raises(UserError, match=f"algo.{option}.*see each other\n.*→ leave it out"):
+            made(**{option: True})
+    with pytest.raises(UserError, match=r"model.attn_implementation.*attention of its own"):
+        made(attention.NAME)
 
 
 def test_predictions_have_a_row_for_each_row(tmp_path):

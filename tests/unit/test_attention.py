@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from hydratune import attention
 from hydratune.data.collate import SFTCollator
@@ -119,16 +120,53 @@ def test_generation_is_that_of_sdpa():
 )
 def test_auto_picks_the_fastest_exact_backend(device, packed, config, expected):
     kind, fields = config
-    chosen = attention.choose(device, packed=packed, config=AutoConfig.for_model(kind, **fields))
+    chosen = attention.choose(device, packed=packed, model=AutoConfig.for_model(kind, **fields))
     assert chosen == expected and attention.exact_when_packed(chosen)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "kind,expected",
+    [(k, "eager") for k in ("openai-gpt", "gpt_neox_japanese", "codegen", "bloom", "xglm", "gptj")]
+    + [("falcon", "sdpa")],
+)
+def test_auto_gives_models_with_attention_of_their_own_one_that_they_have(kind, expected, packed):
+    config = AutoConfig.for_model(kind)
+    assert not attention.obeyed(config)
+    assert attention.choose("cpu", packed=packed, model=config) == expected
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("qwen2", "qwen3", "llama", "gemma", "gemma2", "gemma3", "gemma3_text", "mistral", "mixtral", "phi", "phi3"),
+        *("gpt_neox", "gpt2", "olmo2", "smollm3", "opt"),
+    ],
+)  # fmt: skip
+def test_models_that_are_laid_end_to_end_obey(kind):
+    assert attention.obeyed(AutoConfig.for_model(kind))
+
+
+def test_the_class_of_a_model_is_known_where_its_config_tells_none():
+    """Code from outside transformers, also in an adapter."""
+
+    class OwnConfig(Qwen2Config):
+        pass
+
+    config = OwnConfig(**SIZES)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**SIZES))
+    model.config = config
+    assert not attention.obeyed(config) and attention.choose("cpu", packed=True, model=config) == "sdpa"
+    assert attention.obeyed(model) and attention.choose("cpu", packed=True, model=model) == attention.NAME
+    assert attention.obeyed(get_peft_model(model, LoraConfig(target_modules=["q_proj"])))
 
 
 def test_auto_on_a_gpu(monkeypatch):
     config = AutoConfig.for_model("qwen2")
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: True)
-    assert attention.choose("cuda", packed=True, config=config) == "flash_attention_2"
+    assert attention.choose("cuda", packed=True, model=config) == "flash_attention_2"
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: False)
-    assert attention.choose("cuda", packed=True, config=config) == attention.NAME
+    assert attention.choose("cuda", packed=True, model=config) == attention.NAME
 
 
 def test_backends_that_are_not_known_to_be_exact():

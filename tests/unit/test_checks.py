@@ -242,3 +242,15 @@ def test_a_stateful_model_is_not_packed():
         mamba, None, byte_tokenizer(), settings(options={"packing": True})
     ).errors
     assert "state" in violation.why
+
+
+@pytest.mark.parametrize("option", ["packing", "padding_free"])
+def test_a_model_with_attention_of_its_own_is_not_packed(option):
+    bloom = ModelRecipe(
+        architecture={"model_type": "bloom", "hidden_size": 16, "n_head": 2, "n_layer": 1, "vocab_size": 300}
+    ).outline()
+    tokenizer = byte_tokenizer()
+    assert not checks_model.check_model(bloom, None, tokenizer, settings()).errors
+    (violation,) = checks_model.check_model(bloom, None, tokenizer, settings(options={option: True})).errors
+    assert violation.key == f"algo.{option}" and "attention of its own" in violation.why
+    assert violation.fix == f"set algo.{option}=false"

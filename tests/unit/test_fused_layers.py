@@ -9,15 +9,18 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_attention import SFTCollator, documents, model_of
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hydratune import attention
-from hydratune.fused_layers import fuse
+from hydratune.fused_layers import fuse, known_parts
 from hydratune.fused_ops import GELU_TANH, SILU, Projection, gated_mlp, project, rms_norm, rotate
 
 KINDS = {  # model type: more of its config, and the modules that are known: norms, attention, MLPs
     "qwen2": ({}, 9), "llama": ({}, 9), "mistral": ({}, 9), "qwen3": ({"head_dim": 8}, 13), "gemma": ({"head_dim": 8}, 9),
     "gemma2": ({"head_dim": 8}, 11), "olmo2": ({}, 11), "phi3": ({}, 5), "smollm3": ({}, 7), "granite": ({}, 9),
+    "nanochat": ({}, 0),  # its norms have no weight
 }  # fmt: skip
 
 
@@ -198,6 +201,34 @@ def test_generation_and_its_cache_are_the_models_own():
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
 
 
+class Casts(TorchDispatchMode):
+    """Counts casts of matrices."""
+
+    many = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.many += func is torch.ops.aten._to_copy.default and args[0].dim() == 2
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_steps_of_generation_cast_no_weight_twice(adapter):
+    """Autocast keeps what it has cast of trained weights while it lasts; the head's comes first, with the prompt."""
+    model = lively("qwen2")
+    model = adapted(model).requires_grad_() if adapter else model
+    counts = []
+    for _ in range(2):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            cache = model(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
+            model(torch.tensor([[6]]), past_key_values=cache)
+            with Casts() as casts:
+                for _ in range(3):
+                    model(torch.tensor([[7]]), past_key_values=cache)
+        counts.append(casts.many)
+        fuse(model)
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("how", ["off", "dropout", "dora", "two adapters", "merged"])
 def test_what_is_not_plain_goes_the_layers_own_way(how):
     """Each gives what the model would give without fused layers."""
@@ -223,6 +254,26 @@ def test_what_is_not_plain_goes_the_layers_own_way(how):
 
 
 @pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp.act_fn", "mlp.down_proj.lora_B.default", "self_attn.q_proj.lora_A.default", "self_attn.o_proj"],
+)
+@pytest.mark.parametrize("backward", [False, True])
+def test_hooks_are_called_wherever_they_are(name, backward, late):
+    model, seen = adapted(lively("qwen2")), []
+    layer = model.base_model.model.model.layers[0]
+    if late:
+        fuse(model)
+    inner = layer.get_submodule(name)
+    hook = inner.register_full_backward_hook if backward else inner.register_forward_hook
+    hook(lambda *a: seen.append(1))
+    assert late or fuse(model) == 8
+    assert not seen  # by the trial
+    run(model, batch())
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("late", [False, True])
 def test_hooks_on_linear_layers_are_called(late):
     model, seen = lively("qwen2"), []
     if late:
@@ -242,6 +293,88 @@ def test_a_layer_that_does_more_is_left_alone(monkeypatch):
     expected = run(model, batch())
     assert fuse(model) == 9 - 2
     assert_same(expected, run(model, batch()), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "made", [lambda t: (t, t), lambda t: [t, None], lambda t: t, lambda t: (t, None, None)]
+)
+def test_a_layer_that_gives_other_things_back_is_left_alone(made, monkeypatch):
+    model = lively("qwen2")
+    kind = type(model.model.layers[0].self_attn)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *a, **k: made(own(self, *a, **k)[0]))
+    assert fuse(model) == 9 - 2
+
+
+@pytest.mark.parametrize(
+    "kind,told",
+    [("mistral", {4}), ("qwen2", {4, None}), ("phimoe", {None}), ("qwen2_moe", {None}), ("llama", {None})],
+)
+def test_windows_are_told_where_the_layer_tells_them(kind, told, monkeypatch):
+    """qwen2's layers differ in it; Phi-MoE's and Qwen2-MoE's leave it to the mask."""
+    fields = {"sliding_window": 4} if kind != "llama" else {}
+    if kind.startswith("qwen2"):
+        fields |= {"use_sliding_window": True, "max_window_layers": 1}
+    model, seen = model_of(kind, "sdpa", **fields), []
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend(*args, **kwargs):
+        seen.append(kwargs.get("sliding_window"))
+        return sdpa(*args, **kwargs)
+
+    fuse(model)
+    assert all(hasattr(layer.self_attn, "plain") for layer in model.model.layers)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attend)
+    run(model, batch())
+    assert set(seen) == told and len(seen) == 2
+
+
+def test_kernels_that_take_halves_alone_are_not_tried():
+    """flash attention under autocast on weights in fp32."""
+
+    def attend(module, query, *args, **kwargs):
+        assert query.dtype == torch.bfloat16
+        return sdpa(module, query, *args, **kwargs)
+
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend  # of this instance, which is to keep it
+    try:
+        model = model_of("qwen2", "sdpa")
+        assert fuse(model) == 9
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attend
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+MLP_AND_ATTENTION, MLP, NOTHING = (True, True), (True, False), (False, False)
+
+
+@pytest.mark.parametrize(
+    "kind,expected",
+    [(kind, MLP_AND_ATTENTION) for kind in ("qwen2", "llama", "mistral", "qwen3", "gemma", "granite")]
+    + [(kind, MLP) for kind in ("cohere", "olmo2", "smollm3", "ernie4_5", "exaone4", "gemma3_text", "gemma2")]
+    + [(kind, NOTHING) for kind in ("phi3", "qwen2_moe", "glm4_moe", "mixtral", "nanochat", "starcoder2")],
+)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_what_is_known_of_an_outline_is_what_is_fused(kind, expected, adapter):
+    fields = {"head_dim": 8} if kind != "cohere" else {}
+    implementation = "eager" if kind == "gemma2" else "sdpa"
+    with torch.device("meta"):
+        outline = model_of(kind, implementation, **fields)
+        outline = adapted(outline) if adapter and "moe" not in kind and kind != "mixtral" else outline
+    assert known_parts(outline) == expected
+    assert {p.device.type for p in outline.parameters()} == {"meta"}
+    model = model_of(kind, implementation, **fields)
+    fuse(model)
+    assert known_parts(model) == expected
+    fused = [m for m in model.modules() if hasattr(m, "plain")]
+    if expected != NOTHING:
+        assert sum(hasattr(m, "gate_proj") for m in fused) == 2
+        assert sum(hasattr(m, "q_proj") for m in fused) == 2 * expected[1]
+
+
+def test_eager_attention_is_not_known():
+    assert known_parts(model_of("qwen2", "eager")) == MLP
 
 
 def test_copies_pickles_and_weights():

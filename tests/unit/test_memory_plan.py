@@ -119,6 +119,28 @@ def test_what_shrinks_the_estimate():
         assert memory.estimate(big(**changes)).total < whole
 
 
+@pytest.mark.parametrize(
+    "kind,fused", [("qwen2", (True, True)), ("olmo2", (True, False)), ("qwen2_moe", (False, False))]
+)
+def test_the_smaller_count_is_of_what_is_fused(kind, fused, tmp_path):
+    outline = ModelRecipe(architecture=ARCHITECTURE | {"model_type": kind}).outline()
+    load = memory.load_of(outline, config(tmp_path), width=4, length=8, device="cpu")
+    assert (load.fused, load.fused_attention) == fused
+
+
+@pytest.mark.parametrize("width,autocast,fused", [(2, False, False), (2, True, True), (4, False, True)])
+def test_layers_of_two_dtypes_are_fused_under_autocast_alone(width, autocast, fused, tmp_path):
+    """An adapter in fp32 on a base in bf16."""
+    adapter = peft_config({"type": "lora", "r": 8, "target_modules": "all-linear"})
+    model = ModelRecipe(architecture=ARCHITECTURE, peft_config=adapter).build()
+    args = config(tmp_path)
+    args.bf16 = autocast
+    load = memory.load_of(model, args, width=width, length=8, device="cpu")
+    assert (load.fused, load.fused_attention) == (fused, fused)
+    whole = memory.estimate(memory.replace(load, fused=True, fused_attention=True)).activations
+    assert memory.estimate(load).activations == whole or not fused
+
+
 def test_an_architecture_without_a_gated_mlp_is_estimated_too(tmp_path):
     model = ModelRecipe(
         architecture={"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": 50}

@@ -277,7 +277,7 @@ class BaseTrainer(transformers.Trainer):
         attention.register()
         config = ModelRecipe(name_or_path=model, trust_remote_code=args.trust_remote_code).config()
         return attention.choose(
-            args.device.type, packed=packs(args), config=config, shared=self.goal != "tokens"
+            args.device.type, packed=packs(args), model=config, shared=self.goal != "tokens"
         )
 
     def fresh_model(self) -> Any:

@@ -6,8 +6,7 @@ all tokens never exist.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,12 @@ from hydratune.algos.base import BaseTrainer
 from hydratune.attention import unmasked
 from hydratune.compiling import make_quick
 from hydratune.fused_head import LogpsHead, base_of, rows_at
-from hydratune.logps import Loss, TokenStats, logps_of
+from hydratune.logps import Loss, logps_of
 from hydratune.models import ModelRecipe
+from hydratune.modes import still
 from hydratune.packing import settle_padding
 from hydratune.reference import Reference, without_dropout
+from hydratune.vocabulary import TokenStats
 
 _OF_THE_MODEL = (
     "input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
@@ -149,18 +150,6 @@ class JudgingTrainer(RowTrainer):
                 total, per_token = loss(per_token), per_token.detach()
         return Judged(per_token, self.summed(per_token, layout), made, outputs, total)
 
-    @contextmanager
-    def still(self) -> Iterator[None]:
-        """Forward passes without noise (dropout of any adapter, NEFTune) in the midst of training."""
-        noisy = [m for m in self.model.modules() if m.training]
-        for module in noisy:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in noisy:
-                module.training = True
-
     def summed(self, per_token: torch.Tensor, layout: dict[str, Any]) -> torch.Tensor:
         """log π of each sequence, [S], from those of its tokens, [N]."""
         return by_sequence(per_token, layout)
@@ -176,7 +165,7 @@ class JudgingTrainer(RowTrainer):
     def _under_reference(self, layout: dict[str, Any]) -> Judged:
         assert self.reference is not None
         policy = self.accelerator.unwrap_model(self.model)
-        with self.still(), self.reference.of(policy) as model, self.accelerator.autocast():
+        with still(self.model), self.reference.of(policy) as model, self.accelerator.autocast():
             return self.judge(model, layout)
 
 

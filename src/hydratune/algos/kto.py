@@ -22,6 +22,7 @@ from hydratune.data.pipeline import prepare_preference
 from hydratune.data.sampling import BothClassesSampler, other_rows
 from hydratune.errors import UserError, Violation
 from hydratune.losses import kto_loss
+from hydratune.modes import still
 from hydratune.packing import layout_for
 from hydratune.settings import option
 
@@ -138,7 +139,7 @@ class KTOTrainer(PolicyTrainer):
         for batch in batches:
             if "mismatched" not in batch:
                 continue
-            with self.still(), self.accelerator.autocast():
+            with still(self.model), self.accelerator.autocast():
                 policy = self.judge(self.model, batch["mismatched"]).logps
             if "ref_kl_logps" in batch:
                 reference = batch["ref_kl_logps"]

@@ -26,6 +26,7 @@ from hydratune.data.pipeline import prepare_prompts
 from hydratune.data.sampling import in_passes
 from hydratune.episodes import Episodes
 from hydratune.errors import UserError, Violation
+from hydratune.modes import still
 from hydratune.packing import layout_for
 from hydratune.reward_models import micro_batches, reward_outline
 from hydratune.reward_sources import check_sources, is_path_of_function
@@ -275,7 +276,7 @@ class OnlineTrainer(SamplingTrainer):
         parts = micro_batches(lengths, _TOKENS_AT_ONCE, padded=not self._layout.padding_free)
         most = self.args.local_rollout_forward_batch_size
         cut = [np.asarray(part[i : i + most]) for part in parts for i in range(0, len(part), most)]
-        with self.still(), self.accelerator.autocast():
+        with still(self.model), self.accelerator.autocast():
             return episodes.scored(cut, self._layout, score)
 
     def finish(self, episodes: Episodes, scored: Scored) -> None:

@@ -202,14 +202,13 @@ def devices() -> list[Finding]:
 
 def backends() -> list[Finding]:
     """The attention backends, and which of them `attn_implementation: auto` takes."""
-    from types import SimpleNamespace
+    from transformers import LlamaConfig
 
     from hydratune import attention
     from hydratune.checks_model import device_facts
 
     kind = device_facts().kind
-    plain = SimpleNamespace(attn_logit_softcapping=None)
-    chosen = {packed: attention.choose(kind, packed=packed, config=plain) for packed in (False, True)}
+    chosen = {packed: attention.choose(kind, packed=packed, model=LlamaConfig()) for packed in (False, True)}
     rows = []
     for name, here in attention.available(kind).items():
         uses = [
