@@ -10,6 +10,7 @@ transformers' sdpa path. A part of a batch may also attend to what stands elsewh
 from __future__ import annotations
 
 import inspect
+import sys
 from functools import cache
 from typing import Any
 
@@ -61,19 +62,32 @@ def fast_when_packed(name: str) -> bool:
 
 
 def obeyed(model: Any) -> bool:
-    """Whether a model attends with the backend that it is given; bloom, gptj and their like have attention of their own.
+    """Whether a model attends with the backend that it is given; bloom, falcon and their like have attention of their own.
 
-    Their masks are of padded rows: in a packed one, documents would see each other.
+    Of those nobody has told whether their masks keep documents of one row apart; most do not.
 
     Args:
         model: or its outline, or its config, which does not tell the class of code from outside transformers.
     """
-    return getattr(_class_of(model), "_supports_attention_backend", False)
+    if isinstance(model, torch.nn.Module) and getattr(model, "_supports_attention_backend", False):
+        return True
+    kind = _class_of(_config(model))
+    if kind is None:
+        return False
+    # StableLM and BioGPT do not say so, and use the interface
+    return kind._supports_attention_backend or hasattr(
+        sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS"
+    )
 
 
-def _class_of(model: Any) -> Any:
-    """What has a model's class attributes: itself, through its adapter, or the class of a config; None: not known."""
-    return model if isinstance(model, torch.nn.Module) else MODEL_MAPPING.get(type(model), None)
+def _config(model: Any) -> Any:
+    return model.config if isinstance(model, torch.nn.Module) else model
+
+
+def _class_of(config: Any) -> Any:
+    """The model class of a config of transformers' own; None of others."""
+    found = MODEL_MAPPING.get(type(config), None)
+    return found[0] if isinstance(found, tuple) else found
 
 
 def choose(device: str, *, packed: bool, model: Any, shared: bool = False) -> str:
@@ -83,11 +97,11 @@ def choose(device: str, *, packed: bool, model: Any, shared: bool = False) -> st
         model: its outline, or its config.
         shared: batches share prompts (`key_index`), which only our own backend knows.
     """
-    text = (model.config if isinstance(model, torch.nn.Module) else model).get_text_config()
+    text = _config(model).get_text_config()
     if getattr(text, "attn_logit_softcapping", None) is not None:
         return "eager"  # sdpa cannot cap logits
-    kind = _class_of(model)
-    if kind is not None and not kind._supports_sdpa:
+    kind = model if isinstance(model, torch.nn.Module) else _class_of(model)
+    if not getattr(kind, "_supports_sdpa", True):
         return "eager"
     if not packed or not obeyed(model):
         return "sdpa"

@@ -202,9 +202,7 @@ def _documents_can_be_kept_apart(
         "mamba|rwkv", str(config.model_type)
     )
     if (packing := packs(settings)) and (stateful or not obeyed(outline)):
-        does = (
-            "carries a state across documents" if stateful else "has attention of its own, across documents"
-        )
+        does = "carries a state across documents" if stateful else "is not known to keep documents apart"
         yield Violation(
             f"algo.{packing}",
             True,

@@ -167,7 +167,7 @@ def token_logps(
         Log-probs [N] in fp32 (fp64 of fp64), differentiable once in rows, weight and bias; and `TokenStats`.
     """
     rows, weight, bias = in_one_dtype(rows, weight, bias)
-    chunk = chunk or chunk_rows(len(rows), len(weight), rows.device)
+    chunk = chunk or chunk_rows(len(rows), len(weight), rows.device, rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):
         logps, *made = _TokenLogps.apply(
             rows, weight, bias, targets, softcap, tuple(stats), torch.is_grad_enabled(), chunk
@@ -195,7 +195,7 @@ def token_losses(
         The summed loss, differentiable once in rows, weight and bias; log-probs [N] without gradient; `TokenStats`.
     """
     rows, weight, bias = in_one_dtype(rows, weight, bias)
-    chunk = chunk or chunk_rows(len(rows), len(weight), rows.device)
+    chunk = chunk or chunk_rows(len(rows), len(weight), rows.device, rows.dtype)
     with torch.autocast(rows.device.type, enabled=False):
         total, logps, *made = _TokenLosses.apply(
             rows, weight, bias, targets, softcap, loss, tuple(stats), torch.is_grad_enabled(), chunk

@@ -1,7 +1,7 @@
 """An estimate of a run's peak memory before anything is loaded, and the smallest changes that would make it fit.
 
 Counted per token and layer, in values: 2 f of the gated MLP, 2 h_kv of keys and values, and 6 h of norms, queries and
-attention output (h hidden, f intermediate size), where MLPs and attention are fused; else 4 f, 2 h_kv and 8 h, which is the count of
+attention output (h hidden, f intermediate size), where MLPs and attention are fused, 8 h where MLPs alone are; else 4 f, 2 h_kv and 8 h, which is the count of
 Korthikanti et al. (arXiv:2205.05198, eq. 1) without the scores, which sdpa and flash attention do not keep, for a gated MLP and
 grouped keys. Under autocast the products are 2 bytes wide, the norms and the residual of fp32 weights stay 4, and each such
 weight has a cast copy.

@@ -148,6 +148,7 @@ def recipe_of(
     if chosen == "auto":
         shared = trainer_class.goal != "tokens"
         chosen = attention.choose(device.kind, packed=packs(args), model=outline, shared=shared)
+    outline.config._attn_implementation = chosen  # which tells what of it is fused
     return replace(recipe, attn_implementation=chosen), outline
 
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch.linalg import vecdot
 
-_CPU_SHARE_BYTES = 128 * 2**20  # of smaller chunks the weight is read too often
+_CPU_BYTES = 128 * 2**20  # of smaller chunks the weight is read too often
 _CPU_BLOCK = 4096  # tokens of the vocabulary, so that their weights and logits stay in the cache
-_GPU_LOGIT_BYTES = 2 * 2**30
+_GPU_BYTES = 2 * 2**30
 _GPU_LEAST_ROWS = 4096
 
 
@@ -49,7 +49,11 @@ class Head(NamedTuple):
     softcap: float | None
 
     def block(self, of: slice) -> Head:
-        return Head(self.weight[of], None if self.bias is None else self.bias[of], self.softcap)
+        """Of a part of the vocabulary, which may be shut out as a whole by a bias of -inf: then the largest finite one does it."""
+        if self.bias is None:
+            return Head(self.weight[of], None, self.softcap)
+        least = torch.finfo(self.bias.dtype).min / 2
+        return Head(self.weight[of], self.bias[of].clamp(min=least), self.softcap)
 
     def logits(self, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Of rows [n, H], in `out`, [n, V], and its dtype."""
@@ -207,6 +211,7 @@ class BlockedSoftmax:
         self._blocks: list[tuple[slice, torch.Tensor, torch.Tensor]] = []  # with slopes and log Σ exp
         column = rows.new_zeros(len(rows), 1)
         self._norm = largest = column - torch.inf
+        likeliest = torch.full_like(targets, -1)
         self._target_logits, logit, square, total = (column.clone() for _ in range(4))
         self._pull = torch.zeros_like(rows) if needs[0] else None  # mean of the head's weight, by slopes
         free = len(rows) * _CPU_BLOCK
@@ -219,6 +224,8 @@ class BlockedSoftmax:
             shares, norm, most = _normalized(logits, memory[free : free + size].view(shape))
             whole = torch.logaddexp(self._norm, norm)
             before, here = (self._norm - whole).exp_(), (norm - whole).exp_()
+            if "correct" in wanted:  # of equal ones the first, as `argmax` has it
+                likeliest = torch.where((most > largest).squeeze(1), logits.argmax(-1) + start, likeliest)
             self._norm, largest = whole, torch.maximum(largest, most)
             at = targets[:, None] - start
             inside = (at >= 0) & (at < shape[1])
@@ -238,21 +245,22 @@ class BlockedSoftmax:
                 self._blocks.append((own, slopes, norm))
                 free += size
         self.logps = (self._target_logits - self._norm).squeeze(1)
-        self._made = {
+        made = {
             "entropy": self._norm - logit,
             "mean_logit": total / len(head.weight),
-            "correct": self._target_logits >= largest,
+            "correct": (likeliest == targets)[:, None],
             "log_sum_square": square.log(),
         }
+        self._stats = TokenStats(**{name: made[name].squeeze(1) for name in wanted})
 
     @staticmethod
     def row_memory(vocabulary: int, trained: bool) -> int:
         """Numbers a row: of one block of logits, and of the shares of one block or of all, which a trained head's gradients need."""
         return _CPU_BLOCK + (vocabulary if trained else _CPU_BLOCK)
 
-    def stats(self, wanted: Collection[str]) -> TokenStats:
+    def stats(self, _: Collection[str]) -> TokenStats:
         """Those that were wanted when this was made."""
-        return TokenStats(**{name: self._made[name].squeeze(1) for name in wanted})
+        return self._stats
 
     def add_to(self, gradients: Gradients, of: slice, factors: torch.Tensor | None) -> None:
         """As of `Softmax`."""
@@ -321,15 +329,14 @@ class Chunks:
                 yield of, Softmax(head.logits(part, first), head, targets, second)
 
 
-def chunk_rows(rows: int, vocabulary: int, device: torch.device) -> int:
-    """How many rows are projected at a time: parts of one size, near the device's budget.
+def chunk_rows(rows: int, vocabulary: int, device: torch.device, dtype: torch.dtype) -> int:
+    """How many rows are projected at a time, in products of a dtype: parts of one size, near the device's budget.
 
-    On a CPU one block of fp32 numbers of a chunk's rows and the vocabulary is kept; elsewhere, and in half precision, two are.
+    Each keeps its logits and their softmax, or the softmax alone where logits come in blocks.
     """
-    if device.type == "cpu":
-        most = max(1, _CPU_SHARE_BYTES // (4 * vocabulary))
-    else:
-        most = max(_GPU_LEAST_ROWS, _GPU_LOGIT_BYTES // (8 * vocabulary))
+    numbers = 1 if _goes_in_blocks(vocabulary, device, dtype) else 2
+    row = numbers * vocabulary * exact_of(dtype).itemsize
+    most = max(1, _CPU_BYTES // row) if device.type == "cpu" else max(_GPU_LEAST_ROWS, _GPU_BYTES // row)
     return max(1, ceil(rows / max(1, round(rows / most))))
 
 
@@ -340,7 +347,8 @@ def chunk_bytes(rows: int, vocabulary: int, device: torch.device, dtype: torch.d
         dtype: of the products.
         trained: gradients in the head's weight are wanted.
     """
-    chunk = chunk_rows(rows, vocabulary, device)
+    chunk, exact = chunk_rows(rows, vocabulary, device, dtype), exact_of(dtype)
     if _goes_in_blocks(vocabulary, device, dtype):
-        return 4 * chunk * BlockedSoftmax.row_memory(vocabulary, trained)
-    return chunk * vocabulary * (8 if dtype == exact_of(dtype) else 10)
+        return exact.itemsize * chunk * BlockedSoftmax.row_memory(vocabulary, trained)
+    copy = 0 if dtype == exact else dtype.itemsize
+    return (2 * exact.itemsize + copy) * chunk * vocabulary

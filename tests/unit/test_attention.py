@@ -140,11 +140,15 @@ def test_auto_gives_models_with_attention_of_their_own_one_that_they_have(kind, 
     "kind",
     [
         *("qwen2", "qwen3", "llama", "gemma", "gemma2", "gemma3", "gemma3_text", "mistral", "mixtral", "phi", "phi3"),
-        *("gpt_neox", "gpt2", "olmo2", "smollm3", "opt"),
+        *("gpt_neox", "gpt2", "olmo2", "smollm3", "opt", "stablelm", "biogpt"),
     ],
 )  # fmt: skip
 def test_models_that_are_laid_end_to_end_obey(kind):
     assert attention.obeyed(AutoConfig.for_model(kind))
+
+
+def test_a_config_of_several_models_has_a_backend():
+    assert attention.choose("cpu", packed=False, model=AutoConfig.for_model("funnel")) == "eager"
 
 
 def test_the_class_of_a_model_is_known_where_its_config_tells_none():

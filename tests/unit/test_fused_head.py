@@ -159,11 +159,13 @@ def test_half_precision_sums_in_single():
 
 
 def test_chunks_grow_with_what_the_device_can_hold():
-    assert chunk_rows(10, 100, torch.device("cpu")) == 10
-    kept = chunk_rows(10_000, 151_665, torch.device("cpu")) * 151_665 * 4
-    assert kept == pytest.approx(128 * 2**20, rel=0.02)
-    assert chunk_rows(100_000, 151_665, torch.device("cuda")) >= 4096
-    assert chunk_rows(0, 100, torch.device("cpu")) == 1
+    cpu, single, half = torch.device("cpu"), torch.float32, torch.bfloat16
+    assert chunk_rows(10, 100, cpu, single) == 10
+    for dtype, numbers in ((single, 1), (half, 2)):  # the softmax; and the logits
+        kept = numbers * chunk_rows(10_000, 151_665, cpu, dtype) * 151_665 * 4
+        assert kept == pytest.approx(128 * 2**20, rel=0.02)
+    assert chunk_rows(100_000, 151_665, torch.device("cuda"), half) >= 4096
+    assert chunk_rows(0, 100, cpu, single) == 1
 
 
 SIZES = {"vocab_size": 37, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -142,6 +142,25 @@ def test_a_second_backward_pass_gives_the_same_gradients(chunk):
 
 
 @both_ways
+def test_of_equally_likely_tokens_the_first_counts():
+    rows, weight = torch.ones(3, 2), torch.zeros(11, 2)
+    _, stats = token_logps(rows, weight, torch.tensor([0, 5, 10]), stats=("correct",))
+    assert stats.correct.tolist() == [True, False, False]
+
+
+@both_ways
+def test_a_bias_may_shut_out_a_whole_part_of_the_vocabulary():
+    rows, weight, bias, targets = parts()
+    bias[8:] = -torch.inf
+    leaf = rows.requires_grad_()
+    logps, stats = token_logps(leaf, weight, targets.clamp(max=7), bias, stats=("log_sum_square",))
+    expected = naive(rows, weight, bias, targets.clamp(max=7), None)[0]
+    assert torch.allclose(logps, expected) and stats.log_sum_square.isfinite().all()
+    (found,), (right,) = (torch.autograd.grad(made.sum(), leaf) for made in (logps, expected))
+    assert torch.allclose(found, right)
+
+
+@both_ways
 def test_no_log_prob_is_above_zero():
     """Losses take log(1 - p) of it."""
     rows, weight = torch.eye(4) * 100, torch.cat((torch.eye(4), torch.zeros(7, 4)))
