@@ -252,5 +252,5 @@ def test_a_model_with_attention_of_its_own_is_not_packed(option):
     tokenizer = byte_tokenizer()
     assert not checks_model.check_model(bloom, None, tokenizer, settings()).errors
     (violation,) = checks_model.check_model(bloom, None, tokenizer, settings(options={option: True})).errors
-    assert violation.key == f"algo.{option}" and "attention of its own" in violation.why
+    assert violation.key == f"algo.{option}" and "keep documents apart" in violation.why
     assert violation.fix == f"set algo.{option}=false"
